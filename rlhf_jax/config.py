@@ -1,0 +1,238 @@
+"""Every key of a run file, as frozen dataclasses. Imports no JAX, so that a typo costs milliseconds.
+
+A run file is YAML: one complete run, read by `config_file.load`. `rlhf-jax config STAGE` prints these keys from this page.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def key(default: Any, effect: str, unit: str = "") -> Any:
+    """A field with its default, its effect in one sentence and its unit."""
+    return dataclasses.field(default=default, metadata={"effect": effect, "unit": unit})
+
+
+def group(cls: type, effect: str) -> Any:
+    """A nested group of keys with its own defaults."""
+    return dataclasses.field(default_factory=cls, metadata={"effect": effect, "unit": ""})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int = key(16, "rank of the adapter")
+    alpha: float = key(32.0, "the adapter is scaled by alpha / rank")
+    targets: tuple[str, ...] = key(("q", "k", "v", "o", "gate", "up", "down"), "matrices that get an adapter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """A Llama-type model with random weights."""
+
+    width: int = key(256, "width of the residual stream")
+    layers: int = key(4, "number of blocks")
+    heads: int = key(4, "query heads")
+    kv_heads: int = key(4, "key and value heads; divides heads")
+    mlp_width: int = key(704, "width of the gated MLP")
+    max_length: int = key(1024, "longest sequence the model is described for", "tokens")
+    rope_theta: float = key(10000.0, "base of the rotary frequencies")
+    tied: bool = key(True, "the output matrix is the embedding")
+    vocabulary: int = key(4096, "size of the byte-level BPE vocabulary trained on the run's own data", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    path: str | None = key(None, "directory in Hugging Face layout (or hub name where there is a network)")
+    scratch: Scratch | None = key(None, "make a model with random weights instead of loading one")
+    tokenizer: str | None = key(None, "directory of the tokenizer; default: the model's own")
+    chat_template: str | None = key(None, "file with a jinja chat template; default: the tokenizer's own")
+    param_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of the master weights")
+    compute_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of matrix products and activations")
+    remat: Literal["none", "full", "dots", "save_attention"] = key("none", "what the backward pass recomputes")
+    attention: Literal["dense", "flash"] = key("dense", "attention kernel; flash falls back to dense on CPU, and says so")
+    logprob_chunk: int = key(128, "positions whose logits exist at one time", "tokens")
+    lora: Lora | None = key(None, "train low-rank adapters instead of the whole model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    data: int = key(1, "copies of the model, batch split")
+    fsdp: int = key(-1, "ways in which parameters and batch are split; -1: all devices that remain")
+    tensor: int = key(1, "ways in which heads, MLP and vocabulary are split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    learning_rate: float = key(1e-5, "peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = key("linear", "decay from the peak to final_fraction of it")
+    warmup_steps: int = key(0, "linear warm-up", "optimiser steps")
+    final_fraction: float = key(0.0, "learning rate at the end, as a fraction of the peak")
+    beta1: float = key(0.9, "decay of the first moment")
+    beta2: float = key(0.95, "decay of the second moment")
+    eps: float = key(1e-5, "added to the root of the second moment")
+    weight_decay: float = key(0.0, "decoupled weight decay of matrices")
+    clip_norm: float = key(1.0, "global gradient norm above which the gradient is scaled down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    max_new_tokens: int = key(64, "length R of the response", "tokens")
+    min_new_tokens: int = key(0, "end-of-sequence is impossible before this many tokens", "tokens")
+    temperature: float = key(1.0, "divides the logits of policy, old policy and reference; 0 is greedy (evaluation only)")
+    top_k: int = key(0, "sample among the k likeliest tokens; 0: all")
+    top_p: float = key(1.0, "sample in the smallest set with this probability; 1: all")
+    min_p: float = key(0.0, "drop tokens below this fraction of the likeliest one's probability")
+    repetition_penalty: float = key(1.0, "divides (or multiplies) logits of tokens already in the sequence; evaluation only")
+    stop: tuple[str, ...] = key((), "more strings, each one token, that end a response")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set among several."""
+
+    path: str
+    weight: float = key(1.0, "share of this source in the mixture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: str | None = key(None, "jsonl, json or parquet file, compressed or not (or hub name with the data extra)")
+    sources: tuple[Source, ...] = key((), "several files with weights, instead of path")
+    task: Literal["reviews", "addition"] | None = key(None, "an embedded task, instead of a file")
+    columns: dict[str, str] = dataclasses.field(
+        default_factory=dict, metadata={"effect": "renames, ours: theirs, such as {chosen: preferred}", "unit": ""}
+    )
+    max_prompt_tokens: int = key(256, "length P of prompts", "tokens")
+    max_tokens: int = key(512, "length of a whole training sequence", "tokens")
+    long_prompts: Literal["error", "drop", "truncate_left"] = key("drop", "what happens to a prompt longer than allowed")
+    on_bad_rows: Literal["error", "skip"] = key("error", "what happens to a row that cannot be read")
+    eval_fraction: float = key(0.1, "share of the rows kept for evaluation")
+    limit: int | None = key(None, "read at most this many rows", "rows")
+    packing: bool = key(False, "pack several conversations into one sequence (fine-tuning)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardFunction:
+    """One host reward: a name among the shipped ones, or path/to/file.py:function."""
+
+    function: str
+    weight: float = key(1.0, "factor of this reward in the sum")
+    options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"effect": "keyword arguments of the function", "unit": ""}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    model: str | None = key(None, "directory of a trained reward model")
+    model_weight: float = key(1.0, "factor of the reward model's score in the sum")
+    functions: tuple[RewardFunction, ...] = key((), "host rewards, summed with their weights")
+    url: str | None = key(None, "HTTP server that scores prompts and responses")
+    url_weight: float = key(1.0, "factor of the server's score in the sum")
+    timeout_s: float = key(60.0, "longest wait for a host reward or a server", "s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKL:
+    target: float = key(6.0, "KL per sequence (sum over its tokens) to hold", "nats")
+    horizon: float = key(10000.0, "sequences over which the coefficient adapts", "sequences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO:
+    epochs: int = key(4, "passes over each batch of experience")
+    minibatches: int = key(1, "optimiser steps per pass")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+    gamma: float = key(1.0, "discount per token")
+    lam: float = key(0.95, "lambda of generalised advantage estimation")
+    clip_low: float = key(0.2, "ratios below 1 - clip_low gain nothing")
+    clip_high: float = key(0.2, "ratios above 1 + clip_high gain nothing")
+    dual_clip: float | None = key(None, "bounds the loss of negative advantages at this multiple of them; off by default")
+    value_clip: float = key(0.2, "the new value may leave the old one by this much", "reward units")
+    kl_coef: float = key(0.05, "weight of the KL penalty (initial weight with adaptive_kl)", "reward units per nat")
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = key("k1", "estimator of the KL to the reference, per token")
+    kl_in: Literal["reward", "loss"] = key("reward", "where the KL penalty enters")
+    adaptive_kl: AdaptiveKL | None = key(None, "adapt the coefficient to hold the KL per sequence at a target")
+    reward_clip: float | None = key(None, "scores are clipped to this size", "reward units")
+    missing_eos: Literal["none", "subtract", "replace"] = key("none", "what a truncated answer's score becomes")
+    missing_eos_penalty: float = key(1.0, "subtracted from, or (negated) put in place of, a truncated answer's score")
+    bootstrap_truncated: bool = key(False, "value the state after a truncated answer instead of 0")
+    whiten_advantages: Literal["none", "unbiased", "population"] = key("unbiased", "normalise the advantages, variance by name")
+    whiten_scope: Literal["batch", "minibatch"] = key("batch", "tokens over which the advantages are normalised")
+    whiten_rewards: Literal["none", "unbiased", "population"] = key("none", "divide the rewards by their deviation (mean kept)")
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", "1/nat")
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = key(
+        "token_mean", "how token losses become one number; denominators are global"
+    )
+    kl_stop: float | None = key(None, "skip the rest of the epochs once the approximate KL to the old policy passes this", "nats per token")
+    critic_warmup: int = key(0, "iterations that train the critic only")
+    ptx_coef: float = key(0.0, "weight of the language-modelling loss on fine-tuning data (pretraining mix)")
+    ema_decay: float | None = key(None, "keep an exponential moving average of the actor, evaluated and exported beside it")
+    old_logprobs: Literal["rollout", "recompute"] = key("recompute", "old log-probabilities: from the sampler, or scored again")
+    compat: Literal["none", "deepspeed_chat"] = key("none", "train with the classical five functions, quirks included")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelLoss:
+    loss: Literal["bradley_terry", "deepspeed_chat"] = key("bradley_terry", "score at the last token, or per-token from the divergence on")
+    centering_coef: float = key(0.0, "weight of the squared sum of both scores")
+    label_smoothing: float = key(0.0, "probability that a label is wrong")
+    calibrate: bool = key(True, "shift and scale scores so that fine-tuned samples have mean 0 and deviation 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    every: int = key(50, "steps between checkpoints; 0: only at the end", "steps")
+    keep_last: int = key(2, "newest checkpoints kept")
+    keep_every: int | None = key(None, "checkpoints at multiples of this step are kept for good", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every: int = key(1, "steps between rows of metrics.jsonl", "steps")
+    eval_every: int = key(10, "steps between evaluations; 0: only at start and end", "steps")
+    eval_prompts: int = key(32, "fixed prompts that are answered at every evaluation")
+    backends: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = key((), "more places for metrics (extras)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Keys that every stage has."""
+
+    out: str = key("runs/run", "directory of the run; the same command again continues it")
+    seed: int = key(0, "root of every random key and of the data order")
+    steps: int = key(100, "iterations of the loop", "steps")
+    batch_size: int = key(64, "sequences (pairs, prompts) per step, over all devices")
+    model: Model = group(Model, "the model that is trained")
+    mesh: Mesh = group(Mesh, "devices")
+    data: Data = group(Data, "training data")
+    save: Save = group(Save, "checkpoints")
+    log: Log = group(Log, "metrics and samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun(Run):
+    optimizer: Optimizer = group(Optimizer, "optimiser")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRun(Run):
+    optimizer: Optimizer = group(Optimizer, "optimiser")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+    reward_model: RewardModelLoss = group(RewardModelLoss, "loss of the reward model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORun(Run):
+    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    critic: str | None = key(None, "directory the critic starts from; default: the reward model, else the actor with a zero head")
+    reward: Reward = group(Reward, "where scores come from")
+    sampling: Sampling = group(Sampling, "how the actor answers")
+    ppo: PPO = group(PPO, "the algorithm")
+    actor_optimizer: Optimizer = group(Optimizer, "optimiser of the actor")
+    critic_optimizer: Optimizer = group(Optimizer, "optimiser of the critic")
+    ptx_data: Data | None = key(None, "fine-tuning data of the pretraining-mix loss; needed when ppo.ptx_coef > 0")
+
+
+STAGES: dict[str, type[Run]] = {"sft": SFTRun, "reward": RewardRun, "ppo": PPORun}
