@@ -161,10 +161,12 @@ class PPO:
     whiten_scope: Literal["batch", "minibatch"] = key("batch", "tokens over which the advantages are normalised")
     whiten_rewards: Literal["none", "unbiased", "population"] = key("none", "divide the rewards by their deviation (mean kept)")
     entropy_coef: float = key(0.0, "weight of the entropy bonus", "1/nat")
-    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = key(
-        "token_mean", "how token losses become one number; denominators are global"
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
+        key("token_mean", "how token losses become one number; denominators are global")
     )
-    kl_stop: float | None = key(None, "skip the rest of the epochs once the approximate KL to the old policy passes this", "nats per token")
+    kl_stop: float | None = key(
+        None, "skip the rest of the epochs once the approximate KL to the old policy passes this", "nats per token"
+    )
     critic_warmup: int = key(0, "iterations that train the critic only")
     ptx_coef: float = key(0.0, "weight of the language-modelling loss on fine-tuning data (pretraining mix)")
     ema_decay: float | None = key(None, "keep an exponential moving average of the actor, evaluated and exported beside it")
@@ -174,7 +176,9 @@ class PPO:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelLoss:
-    loss: Literal["bradley_terry", "deepspeed_chat"] = key("bradley_terry", "score at the last token, or per-token from the divergence on")
+    loss: Literal["bradley_terry", "deepspeed_chat"] = key(
+        "bradley_terry", "score at the last token, or per-token from the divergence on"
+    )
     centering_coef: float = key(0.0, "weight of the squared sum of both scores")
     label_smoothing: float = key(0.0, "probability that a label is wrong")
     calibrate: bool = key(True, "shift and scale scores so that fine-tuned samples have mean 0 and deviation 1")

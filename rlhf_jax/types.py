@@ -144,7 +144,9 @@ class Model:
     logits: Callable[[Params, jax.Array], jax.Array]  # (params, hidden[..., D]) -> f32[..., V]
     score: Callable[[Params, jax.Array], jax.Array]  # (params, hidden[..., D]) -> f32[...], scalar head
     prefill: Callable[..., tuple[jax.Array, Any]]  # (params, tokens[B,P], mask[B,P], slots) -> hidden[B,P,D], cache
-    decode: Callable[..., tuple[jax.Array, Any]]  # (params, cache, token[B], position[B], slot[], valid[B,S]) -> hidden[B,D], cache
+    decode: Callable[
+        ..., tuple[jax.Array, Any]
+    ]  # (params, cache, token[B], position[B], slot[], valid[B,S]) -> hidden[B,D], cache
     for_decoding: Callable[[Params], Params] = lambda params: params  # layers unstacked, cast: what prefill and decode take
     axes: Callable[[Params], Any] = lambda params: None  # logical axis names of every parameter, same tree
 

@@ -1,0 +1,193 @@
+"""Mesh, shardings and `compile_step`: the one place that calls `jax.jit`.
+
+Parameters carry logical axis names; `RULES` says which mesh axis splits each. Today's name for pjit is `jax.jit` with
+shardings. Mesh axes are Auto: XLA's partitioner propagates, `constrain` pins what it would get wrong.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax import config
+from rlhf_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+RULES: dict[str | None, Any] = {
+    None: None,
+    "layers": None,
+    "batch": ("data", "fsdp"),
+    "seq": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": None,
+}
+
+
+def start_processes() -> None:
+    """Join a run of several processes, where the environment describes one (a TPU slice, or JAX_COORDINATOR_ADDRESS)."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+        jax.distributed.initialize()
+
+
+def is_main_process() -> bool:
+    """True on the one process that writes text."""
+    return jax.process_index() == 0
+
+
+def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor) over all devices; one axis may be -1, "what remains".
+
+    Raises:
+      UserError: the product of the axes is not the number of devices; says which numbers would be.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [shape.data, shape.fsdp, shape.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"mesh: data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: sizes are positive, and one at most is -1")
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise UserError(
+            f"mesh: data={shape.data} x fsdp={shape.fsdp} x tensor={shape.tensor} asks for "
+            f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are "
+            f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains)"
+        )
+    if len({device.platform for device in devices}) == 1 and devices[0].platform == "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def axis_size(mesh: Mesh, logical: str | None) -> int:
+    """In how many parts a logical axis is split."""
+    rule = RULES[logical]
+    names = (rule,) if isinstance(rule, str) else (rule or ())
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def check_divides(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
+    """Refuse sizes that the mesh cannot split evenly.
+
+    Args:
+      sizes: what the user calls it -> (logical axis, size), for example {"batch_size": ("batch", 64)}.
+    """
+    wrong = []
+    for name, (logical, size) in sizes.items():
+        parts = axis_size(mesh, logical)
+        if size % parts:
+            below, above = size // parts * parts, (size // parts + 1) * parts
+            near = f"{below} or {above}" if below else str(above)
+            wrong.append(f"{name}={size} is not a multiple of {parts} ({_arithmetic(mesh, logical)}); nearest: {near}")
+    if wrong:
+        raise UserError("mesh: " + "; ".join(wrong) + "; change the size, or the mesh")
+
+
+def _arithmetic(mesh: Mesh, logical: str) -> str:
+    rule = RULES[logical]
+    names = (rule,) if isinstance(rule, str) else (rule or ())
+    return " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+
+
+def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """Logical axes of one array -> its PartitionSpec. A dimension that its mesh axis does not divide is replicated."""
+    parts: list[Any] = []
+    for logical, size in zip(axes, shape, strict=True):
+        rule = RULES[logical]
+        taken = rule is None or rule in parts
+        parts.append(None if taken or size % axis_size(mesh, logical) else rule)
+    return PartitionSpec(*parts)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
+    """Shardings of a parameter tree (arrays or abstract arrays) from its logical axes."""
+    return jax.tree.map(
+        lambda leaf, names: NamedSharding(mesh, partition(mesh, names, leaf.shape)),
+        params,
+        axes,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+    """Shardings of an optimiser state: its copies of the parameters lie as the parameters, the rest is replicated."""
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """`constrain(x, logical axes)` for activations; the identity on one device."""
+    if mesh.size == 1:
+        return lambda x, axes: x
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, axes, x.shape)))
+
+    return constrain
+
+
+def compile_step(fn: Callable, *, in_: Any = None, out: Any = None, donate: tuple[int, ...] = ()) -> Any:
+    """Jit one step of a run with its shardings and donated arguments; None leaves a placement to the arguments."""
+    options: dict[str, Any] = {"donate_argnums": donate}
+    if in_ is not None:
+        options["in_shardings"] = in_
+    if out is not None:
+        options["out_shardings"] = out
+    return jax.jit(fn, **options)
+
+
+def place(tree: Any, sharding: Any) -> Any:
+    """Host arrays -> global arrays. Every process holds the whole batch and hands over its own shards."""
+
+    def put(leaf: Any, where: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    if isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
+    return jax.tree.map(put, tree, sharding)
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays -> NumPy arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    def get(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(get, tree)
