@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Lint, format, types, security, then every test. Ends with pytest's closing line; non-zero if anything failed.
+# Usage: scripts/test.sh [--torch] [pytest arguments]     --torch: also compare exported models with PyTorch
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+torch=
+if [ "${1:-}" = --torch ]; then
+  torch=yes
+  shift
+fi
+make_venv constraints-dev.txt
+bin=.venv/bin
+if [ -n "$torch" ]; then
+  # No hashes: CPU and CUDA builds of one version differ, and which of them is at hand depends on the machine.
+  "$bin/python" -c 'import torch' 2>/dev/null || "$bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+fi
+if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    (apt-get update && apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 ||
+      echo "NOT RUN: screenshots of the report (chromium could not be installed)"
+  else
+    echo "NOT RUN: screenshots of the report (no chromium, and no right to install it)"
+  fi
+fi
+
+failed=()
+check() {
+  local name=$1
+  shift
+  echo "== $name"
+  "$@" || failed+=("$name")
+}
+audit() {
+  local output status=0
+  output=$("$bin/pip-audit" --progress-spinner off --disable-pip --require-hashes -r constraints-dev.txt 2>&1) || status=$?
+  if [ "$status" != 0 ] && grep -qE 'ServiceError|ConnectionError|Could not connect|Max retries|timed out|Connection' <<<"$output"; then
+    echo "NOT RUN: pip-audit (its service cannot be reached from here)"
+    return 0
+  fi
+  echo "$output" | tail -20
+  return "$status"
+}
+check "ruff check" "$bin/ruff" check .
+check "ruff format" "$bin/ruff" format --check --diff .
+check "pyright" "$bin/pyright"
+check "bandit" "$bin/bandit" --quiet --recursive --configfile pyproject.toml rlhf_jax scripts
+check "pip-audit" audit
+for name in "${failed[@]}"; do
+  echo "FAILED: $name"
+done
+echo "== pytest"
+status=0
+"$bin/python" -m pytest -n 2 --dist loadfile "$@" || status=$?
+[ "${#failed[@]}" = 0 ] || status=1
+exit "$status"
