@@ -236,6 +236,7 @@ class PPORun(Run):
     ppo: PPO = group(PPO, "the algorithm")
     actor_optimizer: Optimizer = group(Optimizer, "optimiser of the actor")
     critic_optimizer: Optimizer = group(Optimizer, "optimiser of the critic")
+    score_parts: int = key(1, "parts in which a batch is scored one after the other, to save memory")
     ptx_data: Data | None = key(None, "fine-tuning data of the pretraining-mix loss; needed when ppo.ptx_coef > 0")
 
 

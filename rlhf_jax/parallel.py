@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import config
@@ -71,9 +72,21 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
             f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are "
             f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains)"
         )
-    if len({device.platform for device in devices}) == 1 and devices[0].platform == "tpu":
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _lay_out(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    """Devices in the order that puts mesh neighbours on neighbouring chips; slices of a TPU are split along `data`."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise UserError(f"mesh: data={sizes[0]} is not a multiple of {slices}, the number of slices; nearest: data={slices}")
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, sizes[1], sizes[2]), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def axis_size(mesh: Mesh, logical: str | None) -> int:
@@ -106,12 +119,16 @@ def _arithmetic(mesh: Mesh, logical: str) -> str:
     return " x ".join(f"{name}={mesh.shape[name]}" for name in names)
 
 
-def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """Logical axes of one array -> its PartitionSpec. A dimension that its mesh axis does not divide is replicated."""
+def partition(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], *, gather: tuple[str, ...] = ()) -> PartitionSpec:
+    """Logical axes of one array -> its PartitionSpec. A dimension that its mesh axis does not divide is replicated.
+
+    Args:
+      gather: mesh axes that split nothing here (weights for decoding are whole on every fsdp shard).
+    """
     parts: list[Any] = []
     for logical, size in zip(axes, shape, strict=True):
         rule = RULES[logical]
-        taken = rule is None or rule in parts
+        taken = rule is None or rule in parts or rule in gather
         parts.append(None if taken or size % axis_size(mesh, logical) else rule)
     return PartitionSpec(*parts)
 
@@ -125,10 +142,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def param_shardings(mesh: Mesh, axes: Any, params: Any) -> Any:
+def param_shardings(mesh: Mesh, axes: Any, params: Any, *, gather: tuple[str, ...] = ()) -> Any:
     """Shardings of a parameter tree (arrays or abstract arrays) from its logical axes."""
     return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, partition(mesh, names, leaf.shape)),
+        lambda leaf, names: NamedSharding(mesh, partition(mesh, names, leaf.shape, gather=gather)),
         params,
         axes,
         is_leaf=lambda x: x is None,

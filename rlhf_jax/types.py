@@ -35,6 +35,7 @@ class Prompts(Pytree):
     tokens: jax.Array  # i32[B, P], left-padded
     mask: jax.Array  # bool[B, P]
     index: jax.Array  # i32[B], row of the data set: finds the reward's columns, seeds the row's random key
+    sample: jax.Array | None = None  # i32[B], number of the sample among those of the same prompt, part of the seed too
 
 
 class Rollout(Pytree):
