@@ -1,0 +1,311 @@
+"""What a run writes down: a JSON line a step, the samples, a summary; and one line on the terminal.
+
+    metrics.jsonl   {"stage", "step", "time_s", "<group>/<name>_<unit>": number | null, "not_finite": [names]}
+    samples.jsonl   {"stage", "step", "index", "prompt", "response", "score", "gold", "kl_nats", "length_tokens", "finished"}
+    summary.json    {"stage", "status", "step", "total_steps", "wall_s", "phases": [...], "peak_rss_mb", ...}
+
+`step` counts finished iterations: 0 is the model before training. Every line goes to the file in one write, so that a run
+that is killed leaves at most one torn line, which readers skip and a continued run removes.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rlhf_jax import trackers
+from rlhf_jax.errors import UserError
+from rlhf_jax.progress import ProgressLine, duration
+
+METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
+
+
+def to_host(metrics: Mapping[str, Any]) -> dict[str, float | int]:
+    """Device scalars as Python numbers, in one transfer. Blocks until they are computed.
+
+    Args:
+      metrics: "group/name_unit" -> number or array with one element, on any device.
+    Raises:
+      ValueError: a value holds more than one element.
+    """
+    if any(not isinstance(value, bool | int | float) for value in metrics.values()):
+        import jax
+
+        metrics = jax.device_get(dict(metrics))
+    host: dict[str, float | int] = {}
+    for name, value in metrics.items():
+        if getattr(value, "size", 1) != 1:
+            raise ValueError(f"metric {name!r} has shape {value.shape}; a metric is one number: reduce it before logging")
+        host[name] = value.item() if hasattr(value, "item") else value
+    return host
+
+
+def as_row(stage: str, step: int, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """One line of a file: floats to six digits; NaN and infinities as null, their names under "not_finite"."""
+    row: dict[str, Any] = {"stage": stage, "step": int(step)}
+    broken = []
+    for name, value in {**more, **metrics}.items():
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                broken.append(name)
+            value = float(f"{value:.6g}") if math.isfinite(value) else None
+        row[name] = value
+    return row | ({"not_finite": broken} if broken else {})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, without torn or foreign lines; a file that does not exist has none."""
+    rows = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a killed process did not finish
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a run directory; empty when there is none yet."""
+    path = run_dir / SUMMARY
+    with contextlib.suppress(ValueError, OSError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _explained(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB on Linux
+
+
+def peak_device_mb() -> float | None:
+    """Largest memory in use on any local device so far, in MB; None where the backend does not say (CPU)."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    return max(peaks) / 1e6 if peaks else None
+
+
+class Recorder:
+    """The run's pen. Open it when the run directory exists; use it as a context manager.
+
+    Args:
+      run_dir: directory of the run, exists.
+      stage: "sft", "reward", "ppo", ...; the first column of every row.
+      total_steps: iterations that the run will have.
+      backends: more places for metrics, of `config.Log.backends`; one that cannot be used is named and left out.
+      console: draw the progress line (process 0 only).
+      resume_step: finished iterations of the checkpoint that the run continues from: later rows are removed, earlier ones
+        kept and not written again. None: a new run, rows of an earlier attempt are removed.
+      process: index of this process among the hosts; default: asks JAX, which then starts its backend.
+      config: the resolved configuration, for the backends.
+    Only process 0 writes and draws; `log` converts on every process, so that all may branch on what it returns.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        stage: str,
+        *,
+        total_steps: int,
+        backends: Sequence[str] = (),
+        console: bool = True,
+        resume_step: int | None = None,
+        process: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        if process is None:
+            import jax
+
+            process = jax.process_index()
+        self.run_dir, self.stage, self.total_steps = Path(run_dir), stage, total_steps
+        self._writes = process == 0
+        self._held = -1 if resume_step is None else resume_step  # rows up to this step are in the files already
+        self._step = max(self._held, 0)
+        self._phases: dict[str, dict[str, Any]] = {}
+        self._extra: dict[str, Any] = {}
+        self._open_phases: list[str] = []
+        self._before_s = 0.0  # seconds that the run took before it was continued
+        if self._writes:
+            self._prepare_files()
+        self._mark = self._began = time.monotonic()
+        self._line = ProgressLine(stage, total_steps) if self._writes and console else None
+        self._trackers: list[trackers.Tracker] = []
+        if self._writes:
+            self._trackers = trackers.start(backends, self.run_dir, stage, config or {}, self.note, resume_step=resume_step)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed"
+        self.close(status)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int]:
+        """Append one row to metrics.jsonl and the backends; returns the metrics as Python numbers.
+
+        Give it the arrays of step n - 1 while the device computes step n: this call is where the host waits.
+        """
+        host = to_host(metrics)
+        self._step = max(self._step, int(step))
+        if self._writes and step > self._held:
+            memory = {"memory/peak_mb": peak_rss_mb()}
+            device = peak_device_mb()
+            if device is not None:
+                memory["memory/device_peak_mb"] = device
+            row = as_row(self.stage, step, memory | host, time_s=round(self.elapsed_s(), 3))
+            self._append(METRICS, [row])
+            numbers = {name: value for name, value in row.items() if "/" in name and value is not None}
+            self._trackers = [tracker for tracker in self._trackers if tracker.log(step, numbers)]
+        return host
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append answers to the fixed evaluation prompts to samples.jsonl (columns: see the top of this page)."""
+        if self._writes and step > self._held:
+            self._append(SAMPLES, [as_row(self.stage, step, row) for row in rows])
+
+    def progress(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Redraw the progress line with the metrics of a finished step."""
+        if self._line is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in to_host(metrics).items()}
+            self._line.update(step, finite)
+
+    def note(self, text: str) -> None:
+        """A line on the terminal that stays: a warning, a result."""
+        if self._line is not None:
+            self._line.note(text)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count wall seconds (and peak memory so far) under a name, and show it on the progress line.
+
+        Nested phases are exclusive: an inner phase's seconds are not the outer one's, so that the sum is the run's time.
+        Dispatch is asynchronous: only what blocks inside the block is counted there.
+        """
+        self._charge()
+        self._open_phases.append(name)
+        if self._line is not None:
+            self._line.phase(name)
+        try:
+            yield
+        finally:
+            self._charge(calls=1)
+            self._open_phases.pop()
+            if self._line is not None:
+                self._line.phase(self._open_phases[-1] if self._open_phases else None)
+
+    def elapsed_s(self) -> float:
+        """Wall seconds of the run, those before it was continued included."""
+        return self._before_s + time.monotonic() - self._began
+
+    def summary(self, status: str = "running", **extra: Any) -> dict[str, Any]:
+        """Write summary.json: status, time and memory by phase, and whatever was ever passed as `extra` (last value wins).
+
+        The report knows `calibration` ([{"predicted", "observed", "count"}]), `numbers` ({"label": value}) and `alarms`
+        ([{"step", "text"}]); other keys are stored.
+        """
+        self._charge()
+        self._extra |= extra
+        found = {
+            **self._extra,
+            "stage": self.stage,
+            "status": status,
+            "step": self._step,
+            "total_steps": self.total_steps,
+            "wall_s": round(self.elapsed_s(), 2),
+            "phases": [{"name": name, **cost, "wall_s": round(cost["wall_s"], 3)} for name, cost in self._phases.items()],
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "peak_device_mb": peak_device_mb(),
+        }
+        if self._writes:
+            write_atomic(self.run_dir / SUMMARY, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
+        return found
+
+    def close(self, status: str = "finished") -> None:
+        """Write the last summary, end the progress line and the backends."""
+        if self._line is not None:
+            self._line.close(f"{status} after {duration(self.elapsed_s())}: step {self._step}/{self.total_steps}")
+            self._line = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+        self.summary(status)
+
+    def _charge(self, calls: int = 0) -> None:
+        """Give the seconds since the last mark to the innermost open phase."""
+        now = time.monotonic()
+        if self._open_phases:
+            cost = self._phases.setdefault(self._open_phases[-1], {"wall_s": 0.0, "calls": 0})
+            cost["wall_s"] += now - self._mark
+            cost["calls"] += calls
+            cost["peak_rss_mb"] = round(peak_rss_mb(), 1)
+        self._mark = now
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        path = self.run_dir / name
+        with _explained(path), path.open("ab", buffering=0) as file:
+            file.write(lines.encode())
+
+    def _prepare_files(self) -> None:
+        """Remove what the run is about to write again; take over the time already spent."""
+        for name in (METRICS, SAMPLES):
+            path = self.run_dir / name
+            rows = read_rows(path)
+            kept = [row for row in rows if row.get("stage") != self.stage or row.get("step", 0) <= self._held]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            if path.is_file() and path.read_bytes() != text.encode():
+                write_atomic(path, text)
+            if name == METRICS:
+                self._before_s = max((row.get("time_s") or 0.0 for row in kept if row.get("stage") == self.stage), default=0.0)
+        old = read_summary(self.run_dir)
+        if self._held >= 0 and old.get("stage") == self.stage:
+            self._phases = {cost.pop("name"): cost for cost in old.get("phases", [])}
+            fixed = ("stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "peak_device_mb")
+            self._extra = {name: value for name, value in old.items() if name not in fixed}
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = "free disk space or make the directory writable, then run the same command again: it continues"
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def _finite(value: Any) -> Any:
+    """The same tree with NaN and infinities as None, and arrays as lists, for JSON."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
