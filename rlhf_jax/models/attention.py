@@ -1,0 +1,95 @@
+"""Which key a query sees, and softmax attention over those."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LOW = -0.7 * float(np.finfo(np.float32).max)  # finite: a row that sees nothing gets a uniform softmax, not NaN
+
+
+class Keys(NamedTuple):
+    """What masks and position biases are made of. Queries are rows t, keys rows s."""
+
+    query_positions: jax.Array  # i32[B, T]
+    key_positions: jax.Array  # i32[B, S]
+    visible: jax.Array  # bool[B, T, S], causal, without padding, within the segment
+
+
+def causal(mask: jax.Array, positions: jax.Array, segments: jax.Array | None) -> Keys:
+    """Keys of a whole sequence: earlier tokens of the same segment.
+
+    Args:
+        mask: bool[B, T], True on tokens; positions: i32[B, T]; segments: i32[B, T] or None.
+    """
+    order = jnp.arange(mask.shape[1])
+    visible = (order[None, :, None] >= order[None, None, :]) & mask[:, None, :]
+    if segments is not None:
+        visible &= segments[:, :, None] == segments[:, None, :]
+    return Keys(positions, positions, visible)
+
+
+def within_window(keys: Keys, window: int | None) -> jax.Array:
+    """bool[B, T, S]: visible keys fewer than `window` tokens back.
+
+    Distances are of positions, not of array indices, so that padding between two tokens does not shrink the window;
+    where there are no holes both are the same.
+    """
+    if window is None:
+        return keys.visible
+    return keys.visible & (keys.query_positions[:, :, None] - keys.key_positions[:, None, :] < window)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """f32[heads], of the linear position bias (arXiv 2108.12409; the rule for head counts that are no power of two)."""
+    power = 2 ** math.floor(math.log2(heads))
+    base = 2.0 ** -(2.0 ** -(math.log2(power) - 3))
+    slopes = [base**i for i in range(1, power + 1)]
+    if power < heads:
+        base = 2.0 ** -(2.0 ** -(math.log2(2 * power) - 3))
+        slopes += [base**i for i in range(1, 2 * (heads - power) + 1, 2)]
+    return np.asarray(slopes, np.float32)
+
+
+def position_bias(keys: Keys, slopes: np.ndarray) -> jax.Array:
+    """f32[B, heads, T, S]: slope * (key position - query position)."""
+    distance = (keys.key_positions[:, None, :] - keys.query_positions[:, :, None]).astype(jnp.float32)
+    return jnp.asarray(slopes)[None, :, None, None] * distance[:, None]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    *,
+    scale: jax.Array | float,
+    cap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(cap(q k * scale) + bias) v, softmax in float32, [B, T, heads, head_dim].
+
+    Args:
+        q: [B, T, heads, head_dim]; k, v: [B, S, kv_heads, head_dim]; head h reads key-value head h // (heads / kv_heads).
+        visible: bool[B, T, S]; bias: f32[B, heads, T, S].
+        scale: f32[]; cap: scores become cap tanh(scores / cap); sinks: [heads], score of a column without a value.
+    """
+    rows, queries, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2], k.shape[1]
+    q = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    if bias is not None:
+        scores += bias.reshape(rows, kv_heads, heads // kv_heads, queries, slots)
+    scores = jnp.where(visible[:, None, None], scores, _LOW)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, -1)
+    else:
+        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return out.reshape(rows, queries, heads, head_dim)
