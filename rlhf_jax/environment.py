@@ -1,0 +1,44 @@
+"""What the process needs to know before JAX and transformers are imported: where compiled programs are kept, and quiet.
+
+Everything is a default: a variable that is already set stays as it is.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about machine features, autotuning and absent devices
+    "TPU_MIN_LOG_LEVEL": "2",
+    "TPU_STDERR_LOG_LEVEL": "2",
+    "GRPC_VERBOSITY": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",  # "PyTorch was not found"
+    "TOKENIZERS_PARALLELISM": "false",  # warns after every fork otherwise
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),  # bytes; the least recently used programs go first
+}
+
+
+def cache_dir() -> Path:
+    """Where compiled programs are kept by default: under the user's own cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rlhf-jax" / "xla"
+
+
+def prepare() -> None:
+    """Sets the defaults. JAX_COMPILATION_CACHE_DIR moves the cache, JAX_ENABLE_COMPILATION_CACHE=false switches it off."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = cache_dir()
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:  # a home that cannot be written to
+            directory = Path(tempfile.mkdtemp(prefix="rlhf-jax-xla-"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    for name, value in CACHE.items():
+        os.environ.setdefault(name, value)
