@@ -1,0 +1,231 @@
+"""What the models say about sequences: log-probabilities of actor and reference, values, scores.
+
+Every `make_*` closes over a `types.Model` and gives a pure function of parameters and arrays. Heads are applied to response
+positions only, log-probabilities in chunks: [B, L, V] never exists. Parameters arrive in two trees, what is trained and what is
+frozen, and are merged by `types.join` (a LoRA adapter with its base; the whole model with nothing).
+
+Policy, old policy and reference are all scored at the temperature of the sampler, and where it filtered tokens, on the tokens
+that it kept: ratio and KL are those of the distribution that was sampled.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rlhf_jax import ops
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Calibration, Experience, Frozen, Model, Params, Rollout, Scored, Sequences, join
+
+Batch = Experience | Rollout
+PolicyApply = Callable[[Params, Frozen, Batch], Scored]
+ValueApply = Callable[[Params, Frozen, Batch], jax.Array]
+
+
+def make_policy_apply(
+    model: Model,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    entropy: bool = False,
+    kl_model: Model | None = None,
+) -> PolicyApply:
+    """(actor's trained params, frozen, batch) -> Scored with `logprobs`, and `entropy`, `kl` where asked for.
+
+    logprobs[b, j] = log softmax(logits before token j / temperature, on the kept tokens)[token j], nats, 0 where masked.
+    With `kl_model` also the exact KL(actor || reference) of every position, whose gradient reaches the actor alone.
+    Raises UserError for a temperature of 0: greedy answers have no log-probability.
+    """
+    check_temperature(temperature)
+
+    def apply(params: Params, frozen: Frozen, batch: Batch) -> Scored:
+        actor = join(frozen.actor, params)
+        states = response_states(model, actor, batch)
+        logprobs, entropies = ops.token_logprobs(
+            states,
+            lambda hidden: model.logits(actor, hidden),
+            responses(batch),
+            temperature=temperature,
+            chunk=chunk,
+            kept=batch.kept,
+            mask=batch.action_mask,
+            entropy=entropy,
+        )
+        kl = None
+        if kl_model is not None:
+            kl = reference_kl(model, actor, states, kl_model, frozen, batch, temperature=temperature, chunk=chunk)
+        return Scored(logprobs=logprobs, entropy=entropies, kl=kl)
+
+    return apply
+
+
+def make_value_apply(model: Model) -> ValueApply:
+    """(critic's trained params, frozen, batch) -> f32[B, R], reward units: value of the state before token j, 0 where masked."""
+
+    def apply(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
+        critic = join(frozen.critic, params)
+        values = model.score(critic, response_states(model, critic, batch))
+        return jnp.where(batch.action_mask, values, 0.0)
+
+    return apply
+
+
+def make_scorer(
+    actor: Model,
+    critic: Model | None = None,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    needs: Collection[str] = ("critic", "reference"),
+    old_logprobs: Literal["rollout", "recompute"] = "recompute",
+) -> Callable[[Params, Params | None, Frozen, Rollout], Scored]:
+    """(actor's params, critic's params, frozen, rollout) -> Scored, one program for everything that an algorithm needs.
+
+    `needs` names what is wanted beside the actor's log-probabilities: "critic" (values and bootstrap), "reference", "kl" (exact),
+    "entropy"; other names are the loop's business.
+    `old_logprobs` "rollout" trusts those collected while sampling and saves the actor's forward pass.
+    The reference has the actor's architecture: `frozen.reference`, or with LoRA the actor's base.
+    """
+    check_temperature(temperature)
+    if "critic" in needs and critic is None:
+        raise UserError("the algorithm needs a critic and there is none; give make_scorer the critic's model")
+    policy = make_policy_apply(
+        actor, temperature=temperature, chunk=chunk, entropy="entropy" in needs, kl_model=actor if "kl" in needs else None
+    )
+    reuse = old_logprobs == "rollout" and not {"kl", "entropy"} & set(needs)
+
+    def score(actor_params: Params, critic_params: Params | None, frozen: Frozen, rollout: Rollout) -> Scored:
+        scored = Scored(logprobs=rollout.logprobs) if reuse else policy(actor_params, frozen, rollout)
+        if old_logprobs == "rollout":
+            scored = scored.replace(logprobs=rollout.logprobs)
+        if "reference" in needs:
+            reference = Frozen(actor=reference_params(frozen))
+            ref = make_policy_apply(actor, temperature=temperature, chunk=chunk)({}, reference, rollout)
+            scored = scored.replace(ref_logprobs=ref.logprobs)
+        if "critic" in needs and critic is not None:
+            values, bootstrap = values_and_bootstrap(critic, join(frozen.critic, critic_params), rollout)
+            scored = scored.replace(values=values, bootstrap=bootstrap)
+        return scored
+
+    return score
+
+
+def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> Callable[[Params, Rollout], jax.Array]:
+    """(params, rollout) -> f32[B]: (raw - mean) / std of the score at the last true token, end-of-sequence included."""
+    calibration = calibration or Calibration()
+
+    def score(params: Params, rollout: Rollout) -> jax.Array:
+        hidden = model.hidden(params, rollout.tokens, rollout.mask)
+        raw = model.score(params, at_last_token(hidden, rollout.mask))
+        return (raw - calibration.mean) / calibration.std
+
+    return score
+
+
+def make_sequence_apply(model: Model, chunk: int = 128) -> Callable[[Params, Params | None, Sequences], jax.Array]:
+    """(params, base, sequences) -> f32[B, T], nats: log-probability of token t given those before it in its own sequence.
+
+    Entry 0, the first token of every packed sequence and padding are 0: nothing predicts them.
+    """
+
+    def apply(params: Params, base: Params | None, sequences: Sequences) -> jax.Array:
+        merged = join(base, params)
+        hidden = sequence_states(model, merged, sequences)
+        mask = sequences.mask[:, 1:] & sequences.mask[:, :-1]
+        if sequences.segments is not None:
+            mask &= sequences.segments[:, 1:] == sequences.segments[:, :-1]
+        logprobs, _ = ops.token_logprobs(
+            hidden[:, :-1], lambda state: model.logits(merged, state), sequences.tokens[:, 1:], chunk=chunk, mask=mask
+        )
+        return jnp.pad(logprobs, ((0, 0), (1, 0)))
+
+    return apply
+
+
+def make_score_apply(model: Model) -> Callable[[Params, Params | None, Sequences], jax.Array]:
+    """(params, base, sequences) -> f32[B, T], the scalar head at every position, 0 where masked."""
+
+    def apply(params: Params, base: Params | None, sequences: Sequences) -> jax.Array:
+        merged = join(base, params)
+        scores = model.score(merged, sequence_states(model, merged, sequences))
+        return jnp.where(sequences.mask, scores, 0.0)
+
+    return apply
+
+
+def values_and_bootstrap(critic: Model, params: Params, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    """Value of the state before every response token f32[B, R], and of the state after the last one f32[B]; one forward pass."""
+    hidden = critic.hidden(params, rollout.tokens, rollout.mask)
+    values = critic.score(params, ops.response_hidden(hidden, rollout.action_mask.shape[1]))
+    bootstrap = critic.score(params, at_last_token(hidden, rollout.mask))
+    return jnp.where(rollout.action_mask, values, 0.0), bootstrap
+
+
+def reference_kl(
+    model: Model,
+    actor: Params,
+    states: jax.Array,
+    kl_model: Model,
+    frozen: Frozen,
+    batch: Batch,
+    *,
+    temperature: float,
+    chunk: int,
+) -> jax.Array:
+    """Exact KL(actor || reference) before every response token, f32[B, R], nats; `states` are the actor's."""
+    reference = lax.stop_gradient(reference_params(frozen))
+    return ops.token_kl(
+        states,
+        lambda hidden: model.logits(actor, hidden),
+        lax.stop_gradient(response_states(kl_model, reference, batch)),
+        lambda hidden: kl_model.logits(reference, hidden),
+        temperature=temperature,
+        chunk=chunk,
+        kept=batch.kept,
+        mask=batch.action_mask,
+    )
+
+
+def reference_params(frozen: Frozen) -> Params:
+    """The reference's parameters: its own, or the base under the actor's adapter."""
+    params = frozen.actor if frozen.reference is None else frozen.reference
+    if params is None:
+        raise UserError("a reference is needed and `frozen` holds neither a reference nor the base of an adapter")
+    return params
+
+
+def response_states(model: Model, params: Params, batch: Batch) -> jax.Array:
+    """Hidden states before every response token, [B, R, D]."""
+    chex.assert_rank([batch.tokens, batch.mask, batch.action_mask], 2)
+    return ops.response_hidden(model.hidden(params, batch.tokens, batch.mask), batch.action_mask.shape[1])
+
+
+def responses(batch: Batch) -> jax.Array:
+    """The response tokens, i32[B, R]."""
+    return batch.tokens[:, -batch.action_mask.shape[1] :]
+
+
+def sequence_states(model: Model, params: Params, sequences: Sequences) -> jax.Array:
+    """Hidden states of every position, [B, T, D]; packed sequences do not see one another."""
+    chex.assert_rank([sequences.tokens, sequences.mask], 2)
+    return model.hidden(params, sequences.tokens, sequences.mask, positions=sequences.positions, segments=sequences.segments)
+
+
+def at_last_token(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """x[b, t] of the last t where mask is True: [B, T, ...] -> [B, ...]; of t = 0 in a row without a token."""
+    chex.assert_equal_shape_prefix([x, mask], 2)
+    place = lax.broadcasted_iota(jnp.int32, mask.shape, 1)
+    last = jnp.where(mask, place, 0).max(1)
+    return jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise UserError where scoring could not divide by it."""
+    if temperature <= 0:
+        raise UserError(
+            f"sampling.temperature is {temperature}; a policy is trained at the temperature it samples at, which must be above 0 "
+            "(0, greedy, is for evaluation)"
+        )
