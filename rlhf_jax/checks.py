@@ -1,7 +1,7 @@
 """Rules between and about the values of a configuration that need no device: ranges, sizes that must divide, either-or keys.
 
 `find_problems` names every broken rule with its key, its arithmetic and the nearest values that would do. What depends on the
-number of devices is `batch_problem`, called once more by the loops when they know the mesh.
+number of devices is `check_batch`, which the loops call when they know the mesh.
 """
 
 import dataclasses
@@ -9,12 +9,17 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax import config as c
 from rlhf_jax.errors import UserError
 
-Problem = tuple[str, str]  # dotted key, message
+
+class Problem(NamedTuple):
+    """A broken rule. `key` is dotted; the message names key, value, rule and remedy."""
+
+    key: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,6 @@ RANGES: dict[type, dict[str, Range]] = {
         "vocabulary": Range(low=8),
     },
     c.Model: {"logprob_chunk": COUNT},
-    c.Mesh: {"data": COUNT, "tensor": COUNT},
     c.Optimizer: {
         "learning_rate": NOT_NEGATIVE,
         "warmup_steps": NOT_NEGATIVE,
@@ -118,7 +122,7 @@ RANGES: dict[type, dict[str, Range]] = {
 def find_problems(config: Any) -> list[Problem]:
     """Every broken rule of a configuration, as (dotted key, message)."""
     out_of_range = list(_ranges(config, ""))
-    problems = [(name, text) for name, text, _ in out_of_range]
+    problems = [Problem(key, text) for key, text, _ in out_of_range]
     if any(rule is COUNT for *_, rule in out_of_range) or not isinstance(config, c.Run):
         return problems  # the rules below divide by counts
     problems += _model(config.model, config.mesh)
@@ -143,8 +147,6 @@ def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range]]:
         for key, item in enumerate(value) if isinstance(value, tuple) else [("", value)]:
             if dataclasses.is_dataclass(item):
                 yield from _ranges(item, f"{name}.{key}." if key != "" else f"{name}.")
-    if isinstance(config, c.Mesh) and config.fsdp != -1 and config.fsdp < 1:
-        yield f"{prefix}fsdp", f"{prefix}fsdp is {config.fsdp}; it must be at least 1, or -1 for all devices that remain", COUNT
 
 
 def _one_of(config: Any, names: tuple[str, ...], prefix: str, remedy: str) -> Iterator[Problem]:
@@ -152,7 +154,7 @@ def _one_of(config: Any, names: tuple[str, ...], prefix: str, remedy: str) -> It
     if len(given) != 1:
         what = " and ".join(given) + " are given" if given else "none is given"
         choices = ", ".join(f"{prefix}.{name}" for name in names)
-        yield given[-1] if given else prefix, f"exactly one of {choices} is needed; {what}; {remedy}"
+        yield Problem(given[-1] if given else prefix, f"exactly one of {choices} is needed; {what}; {remedy}")
 
 
 def _model(model: c.Model, mesh: c.Mesh) -> Iterator[Problem]:
@@ -162,26 +164,30 @@ def _model(model: c.Model, mesh: c.Mesh) -> Iterator[Problem]:
         width, heads, kv_heads = scratch.width, scratch.heads, scratch.kv_heads
         if width % heads or (width // heads) % 2:
             step = 2 * heads
-            yield (
+            yield Problem(
                 "model.scratch.width",
-                (
-                    f"model.scratch.width / heads = {width} / {heads} = {width / heads:g}; the width of a head must be a whole even "
-                    f"number; nearest widths: {_near(width, step)}"
-                ),
+                f"model.scratch.width / heads = {width} / {heads} = {width / heads:g}; a head must have an even "
+                f"whole width; nearest: {_near(width, step)}",
             )
         if heads % kv_heads:
-            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-            yield (
+            yield Problem(
                 "model.scratch.kv_heads",
-                (f"model.scratch.kv_heads is {kv_heads}; it must divide heads = {heads}; these do: {_list(divisors)}"),
+                f"model.scratch.kv_heads is {kv_heads}; it must divide heads = {heads}; these do: {_list(_divisors(heads))}",
             )
-    for name, heads in (("heads", model_fact(model, "heads")), ("key and value heads", model_fact(model, "kv_heads"))):
-        if heads is not None and heads % mesh.tensor:
-            ways = [n for n in range(1, heads + 1) if heads % n == 0]
-            yield (
-                "mesh.tensor",
-                f"mesh.tensor is {mesh.tensor}; it must divide the model's {heads} {name}; these do: {_list(ways)}",
-            )
+    heads = model_fact(model, "heads")
+    if heads is not None and heads % max(mesh.tensor, 1):
+        yield Problem(
+            "mesh.tensor",
+            f"mesh.tensor is {mesh.tensor}; it must divide the model's {heads} heads; these do: {_list(_divisors(heads))}",
+        )
+    sizes = {name: getattr(mesh, name) for name in ("data", "fsdp", "tensor")}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            yield Problem(f"mesh.{name}", f"mesh.{name} is {size}; it must be at least 1, or -1 for all devices that remain")
+    if list(sizes.values()).count(-1) > 1:
+        yield Problem(
+            "mesh", f"mesh has {list(sizes.values()).count(-1)} sizes of -1 (all devices that remain); one at most can have it"
+        )
 
 
 def _data(data: c.Data, prefix: str) -> Iterator[Problem]:
@@ -208,30 +214,23 @@ def splits(config: c.Run) -> tuple[int, int]:
     return 1, getattr(config, "micro_batches", 1)
 
 
-def check_devices(config: c.Run, devices: int) -> None:
-    """UserError if the mesh does not fit the number of devices, or the batch does not divide over the mesh."""
-    mesh = config.mesh
-    rest = mesh.data * mesh.tensor
-    fsdp = max(devices // rest, 1) if mesh.fsdp == -1 else mesh.fsdp
-    if rest * fsdp != devices:
-        sizes = f"mesh.data x mesh.fsdp x mesh.tensor = {mesh.data} x {fsdp} x {mesh.tensor} = {rest * fsdp}"
-        raise UserError(
-            f"{sizes}, but there are {devices} devices; each size must be one of {_list(_divisors(devices))}; "
-            "mesh.fsdp=-1 takes what remains"
-        )
-    text = batch_problem(config.batch_size, *splits(config), mesh.data * fsdp)
+def check_batch(config: c.Run, ways: int) -> None:
+    """UserError if the batch does not divide over minibatches, micro-batches and `ways` = data x fsdp devices of the mesh."""
+    text = batch_problem(config.batch_size, *splits(config), ways)
     if text:
         raise UserError(text)
 
 
 def _batch(config: c.Run) -> Iterator[Problem]:
-    ways = config.mesh.data * max(config.mesh.fsdp, 1)
+    ways = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
     text = batch_problem(config.batch_size, *splits(config), ways)
     if text:
-        yield "batch_size", text
+        yield Problem("batch_size", text)
     parts = getattr(config, "score_parts", 1)
     if config.batch_size % parts:
-        yield "score_parts", f"score_parts is {parts}; it must divide batch_size; these do: {_list(_divisors(config.batch_size))}"
+        yield Problem(
+            "score_parts", f"score_parts is {parts}; it must divide batch_size; these do: {_list(_divisors(config.batch_size))}"
+        )
 
 
 def _lengths(config: c.Run) -> Iterator[Problem]:
@@ -242,34 +241,33 @@ def _lengths(config: c.Run) -> Iterator[Problem]:
         key, length = "sampling.max_new_tokens", prompt + response
         words = f"data.max_prompt_tokens + sampling.max_new_tokens = {prompt} + {response} = {length}"
     if context is not None and length > context:
-        yield key, f"{words}, but the model is made for {context} tokens; make them {length - context} shorter"
+        yield Problem(key, f"{words}, but the model is made for {context} tokens; make them {length - context} shorter")
 
 
 def _ppo(config: c.PPORun) -> Iterator[Problem]:
     sampling, ppo = config.sampling, config.ppo
     if sampling.temperature == 0:
-        yield "sampling.temperature", "sampling.temperature is 0; PPO needs samples, so it must be above 0 (1 is the usual value)"
+        yield Problem(
+            "sampling.temperature", "sampling.temperature is 0; PPO needs samples, so it must be above 0 (1 is the usual value)"
+        )
     if sampling.min_new_tokens > sampling.max_new_tokens:
-        yield (
+        yield Problem(
             "sampling.min_new_tokens",
-            (
-                f"sampling.min_new_tokens is {sampling.min_new_tokens}; it must be at most max_new_tokens = {sampling.max_new_tokens}"
-            ),
+            f"sampling.min_new_tokens is {sampling.min_new_tokens}; "
+            f"it must be at most max_new_tokens = {sampling.max_new_tokens}",
         )
     if sampling.repetition_penalty != 1:
-        yield (
+        yield Problem(
             "sampling.repetition_penalty",
-            (
-                f"sampling.repetition_penalty is {sampling.repetition_penalty:g}; in PPO it must be 1, "
-                "because the ratio would be that of another distribution than the one sampled"
-            ),
+            f"sampling.repetition_penalty is {sampling.repetition_penalty:g}; in PPO it must be 1, "
+            "because the ratio would be that of another distribution than the one sampled",
         )
     if ppo.adaptive_kl is not None and ppo.kl_coef == 0:
-        yield "ppo.kl_coef", "ppo.kl_coef is 0 and ppo.adaptive_kl multiplies it; start above 0, such as 0.05"
+        yield Problem("ppo.kl_coef", "ppo.kl_coef is 0 and ppo.adaptive_kl multiplies it; start above 0, such as 0.05")
     if ppo.critic_warmup > config.steps:
-        yield "ppo.critic_warmup", f"ppo.critic_warmup is {ppo.critic_warmup}; it must be at most steps = {config.steps}"
+        yield Problem("ppo.critic_warmup", f"ppo.critic_warmup is {ppo.critic_warmup}; it must be at most steps = {config.steps}")
     if ppo.ptx_coef > 0 and config.ptx_data is None:
-        yield "ppo.ptx_coef", f"ppo.ptx_coef is {ppo.ptx_coef:g}, so ptx_data is needed; write ptx_data.path=FILE"
+        yield Problem("ppo.ptx_coef", f"ppo.ptx_coef is {ppo.ptx_coef:g}, so ptx_data is needed; write ptx_data.path=FILE")
     if config.ptx_data is not None:
         yield from _data(config.ptx_data, "ptx_data")
 
@@ -277,17 +275,17 @@ def _ppo(config: c.PPORun) -> Iterator[Problem]:
 def _reward(config: c.PPORun) -> Iterator[Problem]:
     reward = config.reward
     if reward.model is None and reward.url is None and not reward.functions and config.data.task is None:
-        yield "reward", "no reward is given; write reward.model=DIRECTORY, reward.functions or reward.url"
+        yield Problem("reward", "no reward is given; write reward.model=DIRECTORY, reward.functions or reward.url")
     if reward.url is not None and not reward.url.startswith(("http://", "https://")):
-        yield "reward.url", f"reward.url is {reward.url}; it must start with http:// or https://"
+        yield Problem("reward.url", f"reward.url is {reward.url}; it must start with http:// or https://")
     if reward.url is not None and "@" in reward.url.partition("//")[2].partition("/")[0]:
-        yield "reward.url", "reward.url holds a password, which would be stored with the run; take it out"
+        yield Problem("reward.url", "reward.url holds a password, which would be stored with the run; take it out")
 
 
 def model_fact(model: c.Model, fact: str) -> int | None:
-    """context, heads or kv_heads of the model, from `scratch` or its config.json; None where no such file is at hand."""
+    """context (tokens) or heads of the model, from `scratch` or its config.json; None where no such file is at hand."""
     if model.scratch is not None:
-        return {"context": model.scratch.max_length, "heads": model.scratch.heads, "kv_heads": model.scratch.kv_heads}[fact]
+        return {"context": model.scratch.max_length, "heads": model.scratch.heads}[fact]
     path = Path(model.path or "") / "config.json"
     if model.path is None or not path.is_file():
         return None
@@ -298,7 +296,6 @@ def model_fact(model: c.Model, fact: str) -> int | None:
     keys = {
         "context": ("max_position_embeddings", "n_positions"),
         "heads": ("num_attention_heads", "n_head"),
-        "kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
     }[fact]
     found = [values[key] for key in keys if isinstance(values.get(key), int)]
     return found[0] if found else None

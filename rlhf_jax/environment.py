@@ -3,10 +3,12 @@
 Everything is a default: a variable that is already set stays as it is.
 """
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
 
+GOOGLE_PCI_VENDOR = "0x1ae0"
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about machine features, autotuning and absent devices
     "TPU_MIN_LOG_LEVEL": "2",
@@ -29,10 +31,19 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "rlhf-jax" / "xla"
 
 
+def _tpu_library_without_tpu() -> bool:
+    """libtpu is installed (for `rlhf-jax fit`), but there is no chip: it would print half a page while it finds out."""
+    if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:
+        return False
+    return all(path.read_text().strip() != GOOGLE_PCI_VENDOR for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+
+
 def prepare() -> None:
     """Sets the defaults. JAX_COMPILATION_CACHE_DIR moves the cache, JAX_ENABLE_COMPILATION_CACHE=false switches it off."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if "JAX_PLATFORMS" not in os.environ and "JAX_FORCE_TPU_INIT" not in os.environ and _tpu_library_without_tpu():
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = cache_dir()
         try:
