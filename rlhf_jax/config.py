@@ -184,6 +184,111 @@ class RewardModelLoss:
     calibrate: bool = key(True, "shift and scale scores so that fine-tuned samples have mean 0 and deviation 1")
 
 
+# Algorithms beyond PPO. A run's stage is the name of its group: stage "grpo" reads the group `grpo`.
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFree:
+    """Keys of every online algorithm without a critic; where PPO has a key of the same name it means the same."""
+
+    epochs: int = key(1, "passes over each batch of experience")
+    minibatches: int = key(1, "optimiser steps per pass")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+    clip_low: float = key(0.2, "ratios below 1 - clip_low gain nothing")
+    clip_high: float = key(0.2, "ratios above 1 + clip_high gain nothing; 0.28 is DAPO's")
+    dual_clip: float | None = key(None, "bounds the loss of negative advantages at this multiple of them; off by default")
+    kl_coef: float = key(0.05, "weight of the KL penalty; 0: no reference model is held", "reward units per nat")
+    kl_estimator: Literal["k1", "k2", "k3", "k1_plus", "k3_plus", "exact"] = key("k1", "estimator of the KL to the reference")
+    adaptive_kl: AdaptiveKL | None = key(None, "adapt the coefficient to hold the KL per sequence at a target")
+    reward_clip: float | None = key(None, "scores are clipped to this size", "reward units")
+    missing_eos: Literal["none", "subtract", "replace"] = key("none", "what a truncated answer's score becomes")
+    missing_eos_penalty: float = key(1.0, "subtracted from, or (negated) put in place of, a truncated answer's score")
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", "1/nat")
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
+        key("token_mean", "how token losses become one number; denominators are global")
+    )
+    kl_stop: float | None = key(
+        None, "skip the rest of the epochs once the approximate KL to the old policy passes this", "nats per token"
+    )
+    ptx_coef: float = key(0.0, "weight of the language-modelling loss on fine-tuning data (pretraining mix)")
+    ema_decay: float | None = key(None, "keep an exponential moving average of the actor, evaluated and exported beside it")
+    old_logprobs: Literal["rollout", "recompute"] = key("recompute", "old log-probabilities: from the sampler, or scored again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(CriticFree):
+    """Published GRPO by default; Dr.GRPO and DAPO are values of these keys (docs/algorithms.md)."""
+
+    group_size: int = key(8, "answers per prompt; divides batch_size", "answers")
+    advantage_scale: Literal["std", "batch_std", "none"] = key(
+        "std", "deviation that divides score - group mean; none is Dr.GRPO's"
+    )
+    kl_coef: float = key(
+        0.04, "weight of the KL in the loss; 0 (Dr.GRPO, DAPO): no reference model is held", "reward units per nat"
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "k1_plus", "k3_plus", "exact"] = key("k3", "estimator of the KL in the loss")
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
+        key(
+            "sequence_mean_token_mean",
+            "how token losses become one number; DAPO: token_mean, Dr.GRPO: sequence_mean_token_sum_norm",
+        )
+    )
+    drop_uninformative: bool = key(False, "leave groups whose scores are all equal out of the loss and its denominator (DAPO)")
+    overlong_buffer: int = key(0, "answers lose score linearly over the last so many tokens before the limit (DAPO)", "tokens")
+    overlong_penalty: float = key(1.0, "score that an answer at the limit loses, with overlong_buffer", "reward units")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(GRPO):
+    clip_low: float = key(3e-4, "sequence ratios (geometric mean over tokens) below 1 - clip_low gain nothing")
+    clip_high: float = key(4e-4, "sequence ratios above 1 + clip_high gain nothing")
+    kl_coef: float = key(0.0, "weight of the KL in the loss; 0: no reference model is held", "reward units per nat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO(CriticFree):
+    group_size: int = key(4, "answers per prompt; divides batch_size", "answers")
+    advantage_scale: Literal["batch_std", "none"] = key("none", "deviation that divides the advantages")
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
+        key("sequence_mean_token_sum", "how token losses become one number; the default is REINFORCE on whole answers")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(CriticFree):
+    """REINFORCE++."""
+
+    group_size: int = key(1, "answers per prompt; divides batch_size; above 1 with baseline: group", "answers")
+    baseline: Literal["batch", "group"] = key("batch", "mean that is subtracted: of the batch, or of each prompt's answers first")
+    gamma: float = key(1.0, "discount per token")
+    whiten_advantages: Literal["none", "unbiased", "population"] = key(
+        "unbiased", "normalise over the batch's tokens, variance by name"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMax(CriticFree):
+    """The baseline is the score of the greedy answer: one more generation per prompt."""
+
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
+        key("sequence_mean_token_sum", "how token losses become one number; the default is REINFORCE on whole answers")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO:
+    loss: Literal["dpo", "conservative", "robust", "ipo", "ipo_sum"] = key("dpo", "loss of a pair (docs/algorithms.md)")
+    beta: float = key(0.1, "strength of the reference", "reward units per nat")
+    label_smoothing: float = key(0.0, "probability that a label is wrong; read by conservative and robust")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTO:
+    beta: float = key(0.1, "strength of the reference", "reward units per nat")
+    desirable_weight: float = key(1.0, "weight of good answers")
+    undesirable_weight: float = key(1.0, "weight of bad answers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Save:
     every: int = key(50, "steps between checkpoints; 0: only at the end", "steps")
@@ -228,16 +333,74 @@ class RewardRun(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPORun(Run):
+class OnlineRun(Run):
+    """Keys of every stage that samples answers; `batch_size` counts answers, so prompts are batch_size / group_size."""
+
     reference: str | None = key(None, "directory of the reference model; default: model.path")
-    critic: str | None = key(None, "directory the critic starts from; default: the reward model, else the actor with a zero head")
     reward: Reward = group(Reward, "where scores come from")
     sampling: Sampling = group(Sampling, "how the actor answers")
-    ppo: PPO = group(PPO, "the algorithm")
     actor_optimizer: Optimizer = group(Optimizer, "optimiser of the actor")
-    critic_optimizer: Optimizer = group(Optimizer, "optimiser of the critic")
     score_parts: int = key(1, "parts in which a batch is scored one after the other, to save memory")
-    ptx_data: Data | None = key(None, "fine-tuning data of the pretraining-mix loss; needed when ppo.ptx_coef > 0")
+    ptx_data: Data | None = key(None, "fine-tuning data of the pretraining-mix loss; needed when ptx_coef > 0")
 
 
-STAGES: dict[str, type[Run]] = {"sft": SFTRun, "reward": RewardRun, "ppo": PPORun}
+@dataclass(frozen=True, kw_only=True)
+class PPORun(OnlineRun):
+    ppo: PPO = group(PPO, "the algorithm")
+    critic: str | None = key(None, "directory the critic starts from; default: the reward model, else the actor with a zero head")
+    critic_optimizer: Optimizer = group(Optimizer, "optimiser of the critic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPORun(OnlineRun):
+    grpo: GRPO = group(GRPO, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPORun(OnlineRun):
+    gspo: GSPO = group(GSPO, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOORun(OnlineRun):
+    rloo: RLOO = group(RLOO, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePPRun(OnlineRun):
+    reinforce_pp: ReinforcePP = group(ReinforcePP, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxRun(OnlineRun):
+    remax: ReMax = group(ReMax, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPORun(Run):
+    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    optimizer: Optimizer = group(Optimizer, "optimiser")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+    dpo: DPO = group(DPO, "the algorithm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTORun(Run):
+    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    optimizer: Optimizer = group(Optimizer, "optimiser")
+    micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
+    kto: KTO = group(KTO, "the algorithm")
+
+
+STAGES: dict[str, type[Run]] = {
+    "sft": SFTRun,
+    "reward": RewardRun,
+    "ppo": PPORun,
+    "grpo": GRPORun,
+    "gspo": GSPORun,
+    "rloo": RLOORun,
+    "reinforce_pp": ReinforcePPRun,
+    "remax": ReMaxRun,
+    "dpo": DPORun,
+    "kto": KTORun,
+}
