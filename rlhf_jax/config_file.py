@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rlhf_jax import checks, strict_yaml
+from rlhf_jax.config import STAGES
 from rlhf_jax.errors import UserError
 from rlhf_jax.strict_yaml import Node
 
@@ -37,6 +38,14 @@ def load(path: str | Path, overrides: Sequence[str], cls: type[T]) -> T:
 def loads(text: str, overrides: Sequence[str], cls: type[T], *, name: str = "text") -> T:
     """As `load`, from a text; positions are `name`:line."""
     return build(strict_yaml.parse(text, lambda line: f"{name}:{line}"), overrides, cls)
+
+
+def stage_of(path: str | Path) -> str:
+    """The stage that a run file is for: the one that knows most of its top keys; on a tie, the earliest in `STAGES`."""
+    root = strict_yaml.read(path)
+    keys = root.value if isinstance(root.value, dict) else {}
+    counts = {stage: sum(field.name in keys for field in dataclasses.fields(cls)) for stage, cls in STAGES.items()}
+    return max(counts, key=lambda stage: counts[stage])
 
 
 def build(root: Node, overrides: Sequence[str], cls: type[T]) -> T:

@@ -33,6 +33,13 @@ def describe(cls: type, prefix: str = "") -> Iterator[Row]:
             yield from describe(inner, f"{prefix}{field.name}{'' if without_none(kind) is inner else '[]'}.")
 
 
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    kind = ", ".join(part for part in (row.type, row.unit) if part)
+    value = f" = {row.default}" if row.default else ""
+    return f"{row.name}{value}  ({kind})\n    {row.effect}"
+
+
 def default_text(field: dataclasses.Field[Any]) -> str:
     """The default of a field as YAML; nothing for a group that has its own defaults, or for a required key."""
     if field.default is not dataclasses.MISSING:

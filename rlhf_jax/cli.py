@@ -1,0 +1,254 @@
+"""The commands. Each parses, reads its configuration, and only then imports what runs it, so that mistakes cost milliseconds."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf_jax import __version__
+from rlhf_jax.errors import UserError
+
+EXAMPLES = """\b
+Start here:
+  rlhf-jax quickstart                             three stages, then a report
+  rlhf-jax ppo configs/ppo.yaml ppo.kl_coef=0.1   a run of your own
+  rlhf-jax config ppo kl                          the keys that concern KL
+"""
+
+app = typer.Typer(
+    name="rlhf-jax",
+    epilog=EXAMPLES,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich help costs 0.2 s at every start
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Reinforcement learning from human feedback in JAX."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+class Task(StrEnum):
+    """Embedded tasks of the quickstart."""
+
+    reviews = "reviews"
+    addition = "addition"
+
+
+class Demo(StrEnum):
+    """Demonstrations of the quickstart."""
+
+    overoptimization = "overoptimization"
+
+
+class Stage(StrEnum):
+    """What a run file can describe."""
+
+    sft = "sft"
+    reward = "reward"
+    ppo = "ppo"
+
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Run file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to it, such as ppo.kl_coef=0.1.")]
+StageOption = Annotated[Stage | None, typer.Option(help="What the run file describes; default: told from its keys.")]
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/quickstart"),
+    task: Annotated[
+        Task, typer.Option(help="reviews: a reward model learnt from pairs; addition: answers are checked.")
+    ] = Task.reviews,
+    demo: Annotated[Demo | None, typer.Option(help="overoptimization: a reward that is hacked, beside one that holds.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
+) -> None:
+    """All three stages on an embedded task, with a report.
+
+    Fine-tuning, a reward model and PPO; nothing is downloaded.
+    """
+    if demo is not None and task is not Task.reviews:
+        raise UserError(f"--demo {demo}: only the task reviews has it; leave --task out")
+    module = _start("quickstart")
+    module.run(out=out, demo=demo and demo.value, task=task.value, seed=seed)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning of a language model."""
+    run = _load(config, overrides, Stage.sft)
+    _start("offline").run_sft(run)
+
+
+@app.command()
+def reward(config: Config, overrides: Overrides = None) -> None:
+    """A reward model from chosen and rejected answers."""
+    run = _load(config, overrides, Stage.reward)
+    _start("offline").run_reward(run)
+
+
+@app.command()
+def ppo(config: Config, overrides: Overrides = None) -> None:
+    """PPO against a reward model, a function or a server."""
+    run = _load(config, overrides, Stage.ppo)
+    _start("online").run(run)
+
+
+@app.command()
+def data(config: Config, overrides: Overrides = None, stage: StageOption = None) -> None:
+    """Check the data of a run.
+
+    Rows, columns, token lengths, what is dropped and why, rendered examples.
+    """
+    stage = stage or _stage_of(config)
+    run = _load(config, overrides, stage)
+    typer.echo(_start("data.preview").preview(stage.value, run))
+
+
+@app.command()
+def fit(
+    config: Config,
+    overrides: Overrides = None,
+    topology: Annotated[str, typer.Option(help="Machine to compile for: v5e-64, v5p-16, 2xv5e-16, cpu-8, ...")] = "v5e-8",
+    stage: StageOption = None,
+    only: Annotated[list[str] | None, typer.Option(help="Compile this program only; can be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile a run for a machine that is not there.
+
+    Memory, collectives and estimated time of every program. Exit status 1 if it does not fit.
+    """
+    stage = stage or _stage_of(config)
+    run = _load(config, overrides, stage)
+    from rlhf_jax import topologies
+
+    machine = topologies.parse(topology)
+    topologies.prepare_environment(machine)
+    module = _start("fit")
+    verdict = module.fit(stage.value, run, machine, only=tuple(only or ()))
+    typer.echo(module.to_json(verdict) if json else module.to_text(verdict))
+    if not verdict.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory in Hugging Face layout.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or jsonl with prompt or messages.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at one time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
+) -> None:
+    """Answer the prompts of a file; one JSON object a line."""
+    module = _start("generate")
+    for line in module.generate(
+        model_dir, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size, seed=seed
+    ):
+        typer.echo(line)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Directory of a run, or of one checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make, in Hugging Face layout.")],
+) -> None:
+    """Write a run's model in Hugging Face layout."""
+    _start("export").export(source, out)
+    typer.echo(f"{out}")
+
+
+@app.command()
+def models() -> None:
+    """Model families that can be loaded, and what each covers."""
+    typer.echo(_start("models.hf").describe_families())
+
+
+@app.command()
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")]) -> None:
+    """Write report.html of a run again, or compare several."""
+    typer.echo(f"{_start('report').write_report(*runs)}")
+
+
+@app.command()
+def runs(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run, or of several.")]) -> None:
+    """List, verify and describe checkpoints."""
+    typer.echo(_start("checkpoint").describe(directory))
+
+
+@app.command()
+def config(
+    stage: Annotated[Stage | None, typer.Argument(metavar="STAGE", help="sft, reward or ppo.")] = None,
+    pattern: Annotated[str, typer.Argument(metavar="WORD", help="Only keys that contain this word.")] = "",
+    yaml: Annotated[bool, typer.Option("--yaml", help="As a run file with every key at its default.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All stages as the page docs/configuration.md.")] = False,
+) -> None:
+    """Keys of a run file: type, unit, default, effect."""
+    from rlhf_jax import config_table
+    from rlhf_jax.config import STAGES
+
+    if markdown:
+        typer.echo(config_table.markdown(), nl=False)
+        return
+    if stage is None:
+        raise UserError(f"say which stage: {', '.join(STAGES)}")
+    if yaml:
+        typer.echo(config_table.dump(STAGES[stage]()), nl=False)
+        return
+    rows = [row for row in config_table.describe(STAGES[stage]) if pattern in row.name or pattern in row.effect]
+    if not rows:
+        raise UserError(f"no key of {stage} has to do with {pattern!r}")
+    for row in rows:
+        typer.echo(config_table.line(row))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, memory, disk, cache, extras."""
+    typer.echo(_start("doctor").examine())
+
+
+def _load(path: Path, overrides: list[str] | None, stage: Stage) -> Any:
+    from rlhf_jax import config_file
+    from rlhf_jax.config import STAGES
+
+    return config_file.load(path, overrides or (), STAGES[stage])
+
+
+def _stage_of(path: Path) -> Stage:
+    """The stage that a run file is for, by the keys that only one stage has."""
+    from rlhf_jax import config_file
+
+    return Stage(config_file.stage_of(path))
+
+
+def _start(module: str) -> Any:
+    """Imports the room that does the work, with JAX, after the environment is set."""
+    import importlib
+
+    from rlhf_jax import environment
+
+    environment.prepare()
+    return importlib.import_module(f"rlhf_jax.{module}")
+
+
+def main() -> None:
+    """Entry point. What a user can mend is one message and status 2; everything else keeps its traceback."""
+    try:
+        app(prog_name="rlhf-jax")
+    except UserError as error:
+        sys.stderr.write(f"rlhf-jax: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:  # `rlhf-jax config ppo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
