@@ -38,6 +38,11 @@ def hash_file(path: Path) -> Entry:
     return Entry(size, digest.hexdigest())
 
 
+def hash_text(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, Entry]:
     """Entries of files below `root`, hashed on as many threads as there are cores (SHA-256 releases the interpreter)."""
     names = sorted(names)
@@ -107,7 +112,7 @@ def _spell(step: int, files: dict[str, Entry]) -> str:
         "step": step,
         "files": {name: {"bytes": entry.bytes, "sha256": entry.sha256} for name, entry in sorted(files.items())},
     }
-    return _canonical(body | {"self": hashlib.sha256(_canonical(body).encode()).hexdigest()})
+    return _canonical(body | {"self": hash_text(_canonical(body))})
 
 
 def write_manifest(root: Path, step: int, files: dict[str, Entry]) -> None:

@@ -1,0 +1,319 @@
+"""The directory of a run: who may write there, is it the same run, where its text files must end before the run goes on.
+
+LOCK                   held by the running process (flock: the system lets go of it when the process dies), names it
+run.json               what makes two runs the same: configuration, hashes of data and models; written atomically
+config.resolved.yaml   every key with its value          env.json   versions, devices, command
+metrics.jsonl samples.jsonl   appended by metrics.Recorder, which cuts them back to the restored step on resume
+"""
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_jax import integrity, processes
+from rlhf_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = 1
+_LINES = ("metrics.jsonl", "samples.jsonl")
+_OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "final", "summary.json", "report.html", *_LINES)
+_FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
+_SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+_SECRET_IN_URL = re.compile(r"//[^/@\s]+@")
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_SHOWN = 8
+
+
+class RunDir:
+    """An opened run directory. Close it (or use `with`) to give the lock back."""
+
+    def __init__(self, path: Path, record: dict[str, Any], lock: int | None, *, resumed: bool):
+        self.path, self.resumed = path, resumed
+        self._record, self._lock = record, lock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def completed_step(self) -> int | None:
+        """The step at which the run was completed, exports included; None while it was not."""
+        return self._record.get("completed_step")
+
+    def complete(self, step: int) -> None:
+        """Remember that everything is done: training, evaluation, export."""
+        self._record = self._record | {"completed_step": step}
+        if self._lock is not None:
+            _write_record(self.path, self._record)
+
+    def sync(self) -> None:
+        """Force metrics.jsonl and samples.jsonl to the disk: before a checkpoint says that their rows need not be made again."""
+        for path in (self.path / name for name in _LINES):
+            if self._lock is not None and path.exists():
+                integrity.sync_path(path)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_run(
+    out: str | os.PathLike[str],
+    config_text: str,
+    fingerprints: Mapping[str, str],
+    *,
+    from_scratch: bool = False,
+    override: Iterable[str] = (),
+    devices: int | None = None,
+    say: Callable[[str], None] = _LOG.warning,
+) -> RunDir:
+    """Make or continue the run in `out`; UserError, before anything expensive, where that cannot be right.
+
+    config_text: the resolved configuration, YAML. fingerprints: {"data": fingerprint(path), "tokenizer": …, "reference": …}.
+    override: keys whose difference from the earlier start is accepted. from_scratch: set an earlier run aside (as `earlier-1/`).
+    devices: how many there are; another number than before is told (results stay right, bit-equality is off).
+    With several processes all call it, process 0 alone touches the directory, and all fail together.
+    """
+    path = Path(out).absolute()
+    opened, message = None, ""
+    if processes.is_writer():
+        try:
+            opened = _open(path, config_text, dict(fingerprints), from_scratch, set(override), devices, say)
+        except UserError as error:
+            message = str(error)
+    processes.fail_together(message)
+    resumed = bool(processes.from_writer(int(opened is not None and opened.resumed)))
+    completed = processes.from_writer(-1 if opened is None or opened.completed_step is None else opened.completed_step)
+    record = {"completed_step": completed if completed >= 0 else None}
+    return opened or RunDir(path, record, None, resumed=resumed)
+
+
+def fingerprint(source: str | os.PathLike[str] | None) -> str:
+    """What is hashed to tell whether an input is still the same: a file, the model files of a directory, else the name itself."""
+    if source is None:
+        return "none"
+    path = Path(source)
+    if path.is_file():
+        return f"sha256:{integrity.hash_file(path).sha256}"
+    if path.is_dir():
+        names = [file.name for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
+        entries = integrity.hash_files(path, names)
+        return f"sha256:{integrity.hash_text(json.dumps(entries, sort_keys=True))}"
+    return f"name:{source}"
+
+
+def _open(
+    path: Path,
+    config_text: str,
+    fingerprints: dict[str, str],
+    from_scratch: bool,
+    override: set[str],
+    devices: int | None,
+    say: Callable[[str], None],
+) -> RunDir:
+    config_text = _SECRET_IN_URL.sub("//***@", config_text)
+    config = yaml.safe_load(config_text) or {}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path, say)
+    except OSError as error:
+        raise UserError(
+            f"out={path}: cannot write there ({error.strerror}: {error.filename}). Choose a directory that you may write to."
+        ) from error
+    try:
+        if from_scratch:
+            _set_aside(path, say)
+        earlier = _read_record(path)
+        if earlier is not None:
+            _require_same(path, earlier, config, fingerprints, override)
+            _tell_devices(earlier, config, devices, say)
+        start = {
+            "time": _now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "devices": devices,
+            "override": sorted(override),
+        }
+        record = (earlier or {"format": _FORMAT, "completed_step": None, "starts": []}) | {
+            "config": config,
+            "fingerprints": fingerprints,
+        }
+        same = earlier is None or _flat(earlier["config"]).get("steps") == _flat(config).get("steps")
+        record |= {"starts": [*record["starts"], start], "completed_step": record["completed_step"] if same else None}
+        _write_record(path, record)
+        integrity.write_atomically(path / "config.resolved.yaml", config_text)
+        integrity.write_atomically(path / "env.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"out={path}: {error.filename} cannot be written: {error.strerror}") from error
+    except UserError:
+        os.close(lock)
+        raise
+    return RunDir(path, record, lock, resumed=earlier is not None)
+
+
+def _take_lock(path: Path, say: Callable[[str], None]) -> int:
+    """Lock LOCK; UserError with the owner's pid and host where a live process holds it."""
+    descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    owner = _json_object(os.pread(descriptor, 4096, 0))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise UserError(
+            f"out={path} is in use by process {owner.get('pid', '?')} on {owner.get('host', '?')} "
+            f"since {owner.get('since', '?')} ({path / 'LOCK'}).\nWait for it, end it, or choose another directory with out=…"
+        ) from error
+    if owner:
+        say(f"process {owner.get('pid')} on {owner.get('host')} left {path} without finishing; going on in its place")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}) + "\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+    return descriptor
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """The object in a JSON text; empty where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The earlier start's record, None in a new directory; UserError where files of ours lie there without a record."""
+    file = path / "run.json"
+    if not file.exists():
+        strangers = [name for name in _OURS if (path / name).exists()]
+        if strangers:
+            raise UserError(
+                f"out={path} holds {', '.join(strangers)} but no run.json: not a run that can be continued.\n"
+                "Choose another out=…, or start anew with --from-scratch (moves these files aside, deletes nothing)."
+            )
+        return None
+    record = _json_object(file.read_bytes())
+    if record.get("format", _FORMAT) != _FORMAT:
+        raise UserError(f"{file} has format {record['format']!r}; this version reads {_FORMAT}")
+    if not {"config", "fingerprints", "starts", "completed_step"} <= record.keys():
+        raise UserError(f"{file} is damaged. Put back a copy, or start anew with --from-scratch (deletes nothing).")
+    return record
+
+
+def _require_same(
+    path: Path, earlier: dict[str, Any], config: dict[str, Any], fingerprints: dict[str, str], override: set[str]
+) -> None:
+    there = _flat(earlier["config"]) | {f"contents of {name}": text for name, text in earlier["fingerprints"].items()}
+    here = _flat(config) | {f"contents of {name}": text for name, text in fingerprints.items()}
+    accepted = override | {f"contents of {name}" for name in override}
+    lines, keys = [], []
+    for key in sorted(there.keys() | here.keys()):
+        if key.split(".")[0] in (*_FREE, "mesh") or there.get(key) == here.get(key) or key in accepted:
+            continue
+        lines.append(f"  {key}: {_short(there.get(key))} there, {_short(here.get(key))} here")
+        keys.append(key.removeprefix("contents of "))
+    if lines:
+        more = [f"  … {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        started = earlier["starts"][0]["time"] if earlier["starts"] else "?"
+        remedy = [
+            f"Choose a new directory (out={path}-2), give the old values back, or accept the change (the run is then no longer",
+            f"the one that it would have been) with --resume-override {','.join(keys[:_SHOWN])}",
+        ]
+        raise UserError("\n".join([f"out={path} holds another run, started {started}:", *lines[:_SHOWN], *more, *remedy]))
+
+
+def _tell_devices(earlier: dict[str, Any], config: dict[str, Any], devices: int | None, say: Callable[[str], None]) -> None:
+    before = earlier["starts"][-1].get("devices") if earlier["starts"] else None
+    if earlier["config"].get("mesh") != config.get("mesh") or (devices and before and devices != before):
+        say(
+            f"other mesh or number of devices than before ({before} devices, now {devices}): the state is resharded to equal "
+            "bytes; from here on results agree to rounding, not bit for bit, with a run that never stopped"
+        )
+
+
+def _set_aside(path: Path, say: Callable[[str], None]) -> None:
+    names = [name for name in _OURS if (path / name).exists()]
+    if not names:
+        return
+    aside = next(path / f"earlier-{n}" for n in range(1, 10_000) if not (path / f"earlier-{n}").exists())
+    aside.mkdir()
+    for name in sorted(
+        names, key=lambda name: name == "run.json"
+    ):  # the record last: a kill in between leaves a run that resumes
+        os.rename(path / name, aside / name)
+    say(f"the earlier run was moved to {aside}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and the environment variables that steer JAX; secrets blotted out."""
+    packages = ("rlhf-jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    steering = ("JAX_", "XLA_", "LIBTPU", "TPU_", "CUDA_VISIBLE", "NCCL_", "RLHF_JAX", "HF_HUB_OFFLINE")
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(steering)}
+    return {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "command": [_without_secrets(word) for word in sys.argv],
+        "versions": versions,
+        "variables": {name: "***" if _SECRET_NAME.search(name) else value for name, value in variables.items()},
+    }
+
+
+def _without_secrets(word: str) -> str:
+    """A word of the command line without what only its owner should know: `api_token=…`, `https://user:password@host`."""
+    name, equals, _ = word.partition("=")
+    return f"{name}=***" if equals and _SECRET_NAME.search(name) else _SECRET_IN_URL.sub("//***@", word)
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    integrity.write_atomically(path / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): json.loads(json.dumps(value))}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.")
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 48 else text[:44] + " …"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
