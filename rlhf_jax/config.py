@@ -198,11 +198,13 @@ class CriticFree:
     clip_high: float = key(0.2, "ratios above 1 + clip_high gain nothing; 0.28 is DAPO's")
     dual_clip: float | None = key(None, "bounds the loss of negative advantages at this multiple of them; off by default")
     kl_coef: float = key(0.05, "weight of the KL penalty; 0: no reference model is held", "reward units per nat")
-    kl_estimator: Literal["k1", "k2", "k3", "k1_plus", "k3_plus", "exact"] = key("k1", "estimator of the KL to the reference")
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = key("k1", "estimator of the KL to the reference")
     adaptive_kl: AdaptiveKL | None = key(None, "adapt the coefficient to hold the KL per sequence at a target")
     reward_clip: float | None = key(None, "scores are clipped to this size", "reward units")
     missing_eos: Literal["none", "subtract", "replace"] = key("none", "what a truncated answer's score becomes")
     missing_eos_penalty: float = key(1.0, "subtracted from, or (negated) put in place of, a truncated answer's score")
+    overlong_buffer: int = key(0, "answers lose score linearly over the last so many tokens before the limit (DAPO)", "tokens")
+    overlong_penalty: float = key(1.0, "score that an answer at the limit loses, with overlong_buffer", "reward units")
     entropy_coef: float = key(0.0, "weight of the entropy bonus", "1/nat")
     aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
         key("token_mean", "how token losses become one number; denominators are global")
@@ -226,7 +228,7 @@ class GRPO(CriticFree):
     kl_coef: float = key(
         0.04, "weight of the KL in the loss; 0 (Dr.GRPO, DAPO): no reference model is held", "reward units per nat"
     )
-    kl_estimator: Literal["k1", "k2", "k3", "k1_plus", "k3_plus", "exact"] = key("k3", "estimator of the KL in the loss")
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = key("k3", "estimator of the KL in the loss")
     aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "sequence_mean_token_sum_norm"] = (
         key(
             "sequence_mean_token_mean",
@@ -234,8 +236,6 @@ class GRPO(CriticFree):
         )
     )
     drop_uninformative: bool = key(False, "leave groups whose scores are all equal out of the loss and its denominator (DAPO)")
-    overlong_buffer: int = key(0, "answers lose score linearly over the last so many tokens before the limit (DAPO)", "tokens")
-    overlong_penalty: float = key(1.0, "score that an answer at the limit loses, with overlong_buffer", "reward units")
 
 
 @dataclass(frozen=True, kw_only=True)
