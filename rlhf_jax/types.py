@@ -75,6 +75,7 @@ class Experience(Pytree):
     returns: jax.Array | None = None  # f32[B, R], reward units
     kept: jax.Array | None = None  # u32[B, R, ceil(V/32)]
     value_mask: jax.Array | None = None  # bool[B, R], tokens of the value loss where they differ from action_mask
+    scores: jax.Array | None = None  # f32[B], reward units, as the reward gave them: running statistics
 
 
 class Sequences(Pytree):

@@ -1,0 +1,170 @@
+"""What every algorithm shares: records, optimiser, micro-batches, the guarded step, the offline update (online: `update.py`).
+
+Losses are *shares*: each already divided by a denominator counted over the whole (global) minibatch, so that micro-batches
+and devices add up to the same gradient however the batch is split.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import config
+from rlhf_jax.types import Experience, Metrics, Params, RunState, TrainState
+
+Loss = Callable[..., tuple[jax.Array, Metrics]]
+T = TypeVar("T")
+DECAYED = ("kernel", "embedding")  # names of matrices; norms, biases and scalars are not decayed
+
+
+class Algorithm(NamedTuple):
+    """An online algorithm. The loop does not know which one runs."""
+
+    make_experience: Callable[..., tuple[Experience, Metrics]]  # (rollout, scores f32[B], scored, kl_coef)
+    make_update: Callable[..., Callable[..., tuple[RunState, Metrics]]]  # (policy_apply, value_apply, actor_tx, critic_tx)
+    needs: frozenset[str]  # of critic, reference, kl, entropy, greedy: what Scored must hold
+    group_size: int = 1  # answers per prompt
+
+
+class Offline(NamedTuple):
+    """An algorithm that learns from a fixed data set."""
+
+    loss: Loss  # (apply, params, frozen, batch, denominators) -> share of the global mean, metric shares
+    denominators: Callable[[Any], dict[str, jax.Array]]  # global batch -> counts
+
+
+def learning_rate(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
+    """Schedule: step (from 0) -> learning rate. Linear warm-up that is never 0, then constant, linear or cosine decay.
+
+    lr(t) = peak min(1, (t + 1) / warmup) (f + (1 - f) shape(progress)), progress from the end of warm-up to total_steps.
+    """
+    if settings.schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"optimizer.schedule {settings.schedule!r}: one of constant, linear, cosine")
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        warm = jnp.minimum(1.0, (step + 1) / max(settings.warmup_steps, 1))
+        progress = jnp.clip((step - settings.warmup_steps) / max(total_steps - settings.warmup_steps, 1), 0.0, 1.0)
+        if settings.schedule == "constant":
+            return settings.learning_rate * warm
+        shape = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return settings.learning_rate * warm * (settings.final_fraction + (1.0 - settings.final_fraction) * shape)
+
+    return schedule
+
+
+def _decayed(params: Params) -> Any:
+    def is_matrix(path: tuple[Any, ...], _: jax.Array) -> bool:
+        return getattr(path[-1], "key", getattr(path[-1], "name", None)) in DECAYED
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) after clipping the global norm; decay on kernels and embeddings only.
+
+    `total_steps` counts optimiser steps: iterations x epochs x minibatches. clip_norm <= 0 turns clipping off.
+    """
+    adamw = optax.adamw(
+        learning_rate(settings, total_steps),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm > 0 else adamw
+
+
+def require(value: T | None, what: str) -> T:
+    """The value, or one message about what is absent."""
+    if value is None:
+        raise ValueError(f"{what} is absent but this algorithm needs it: see `Algorithm.needs` and the settings")
+    return value
+
+
+def share(sums: Metrics, count: jax.Array) -> Metrics:
+    """Divide metric sums by the global count; maxima ("_max") and metrics with axes stay as they are."""
+    return {key: value if key.endswith("_max") or value.ndim else value / count for key, value in sums.items()}
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B // parts, ...], interleaved: a batch that is sharded over devices stays so in every part."""
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % parts:
+            raise ValueError(f"batch of {x.shape[0]} rows cannot be split into {parts} equal parts; change micro_batches")
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def accumulate(loss_fn: Loss, params: Params, batch: Any, micro_batches: int) -> tuple[jax.Array, Metrics, Params]:
+    """Sum of losses, metrics and gradients over the micro-batches of a batch: the same for every split.
+
+    `loss_fn(params, part) -> (share, metrics)` must divide by denominators of the whole batch. Scalar metrics are summed
+    ("_max": the maximum is taken); metrics with a leading row axis come back in the order of the batch.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        (loss, metrics), grads = gradient(params, batch)
+        return loss, metrics, grads
+
+    def add(total: tuple[jax.Array, Metrics, Params], part: Any) -> tuple[tuple[jax.Array, Metrics, Params], Metrics]:
+        (loss, metrics), grads = gradient(params, part)
+        scalars = {
+            key: jnp.maximum(old, metrics[key]) if key.endswith("_max") else old + metrics[key] for key, old in total[1].items()
+        }
+        rows = {key: value for key, value in metrics.items() if value.ndim}
+        return (total[0] + loss, scalars, jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[2], grads)), rows
+
+    parts = split_rows(batch, micro_batches)
+    shapes = jax.eval_shape(loss_fn, params, jax.tree.map(lambda x: x[0], parts))[1]
+    scalars = {k: jnp.full((), -jnp.inf if k.endswith("_max") else 0.0, jnp.float32) for k, v in shapes.items() if not v.shape}
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (loss, metrics, grads), rows = jax.lax.scan(add, (jnp.zeros(()), scalars, zeros), parts)
+    rows = {key: value.swapaxes(0, 1).reshape(-1, *value.shape[2:]) for key, value in rows.items()}
+    return loss, metrics | rows, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation, state: TrainState, grads: Params, finite: jax.Array, *, wanted: jax.Array | bool = True
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step, taken only if `finite` (the loss is) and the gradient's norm is: otherwise nothing changes at all.
+
+    `wanted` False leaves the state alone as well, without counting as skipped. Decided inside jit.
+    Metrics: update/grad_norm (before clipping), update/skipped (0 or 1).
+    """
+    norm = optax.global_norm(grads)
+    finite = jnp.logical_and(finite, jnp.isfinite(norm))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    stepped = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    taken = jnp.logical_and(finite, wanted)
+    state = jax.tree.map(lambda old, new: jnp.where(taken, new, old), state, stepped)
+    return state, {"update/grad_norm": norm, "update/skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def make_offline_update(
+    loss: Loss,
+    denominators: Callable[[Any], dict[str, jax.Array]],
+    tx: optax.GradientTransformation,
+    micro_batches: int = 1,
+    *,
+    constrain: Callable[[Any], Any] = lambda tree: tree,
+) -> Callable[[TrainState, Any, Params | None], tuple[TrainState, Metrics]]:
+    """(state, batch, frozen) -> (state, metrics): one guarded optimiser step on a batch.
+
+    `loss(params, frozen, batch, denominators)`: an `Offline.loss` with its `apply` bound (functools.partial). `constrain` may
+    put sharding constraints on the batch.
+    """
+
+    def update(state: TrainState, batch: Any, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
+        batch = constrain(batch)
+        counts = denominators(batch)
+        value, metrics, grads = accumulate(lambda p, part: loss(p, frozen, part, counts), state.params, batch, micro_batches)
+        state, step = apply_gradients(tx, state, grads, jnp.isfinite(value))
+        return state, metrics | step
+
+    return update
