@@ -305,6 +305,21 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    """When a run is told to be ill. Alarms only speak; steps that are not finite, and hangs, end the run."""
+
+    max_bad_steps: int = key(3, "the run ends after this many updates in a row whose loss or gradient was not finite", "steps")
+    patience: int = key(3, "an alarm speaks after its condition held this long", "steps")
+    kl_nats: float = key(100.0, "alarm: KL to the reference per sequence above this", "nats")
+    ratio: float = key(10.0, "alarm: probability ratio of new to old policy above this, or its mean below the inverse")
+    entropy_nats: float = key(0.02, "alarm: entropy per token below this", "nats")
+    score_std: float = key(1e-6, "alarm: spread of the scores of a batch at or below this", "reward units")
+    stall_factor: float = key(10.0, "the stacks are printed when a step takes this many times the median")
+    stall_s: float = key(120.0, "no step shorter than this counts as stalled", "s")
+    exit_s: float = key(3600.0, "the process ends with status 75 when a step takes this long; 0: never", "s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Keys that every stage has."""
 
@@ -317,6 +332,7 @@ class Run:
     data: Data = group(Data, "training data")
     save: Save = group(Save, "checkpoints")
     log: Log = group(Log, "metrics and samples")
+    health: Health = group(Health, "alarms, limits and the watchdog")
 
 
 @dataclass(frozen=True, kw_only=True)
