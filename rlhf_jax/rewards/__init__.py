@@ -1,0 +1,133 @@
+"""Host rewards: plain functions of prompts, responses and the data row's other columns, one a file."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import config
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.call import call, explain
+from rlhf_jax.rewards.check import RewardError, checked, shorten
+from rlhf_jax.rewards.exact import exact
+from rlhf_jax.rewards.http import http_reward
+from rlhf_jax.rewards.length import length
+from rlhf_jax.rewards.load import load_function
+from rlhf_jax.rewards.math_answer import final_number, math_answer
+from rlhf_jax.rewards.regex import regex
+from rlhf_jax.rewards.repetition import repetition
+from rlhf_jax.types import RewardInput
+
+REWARDS: dict[str, Callable[..., Any]] = {
+    "exact": exact,
+    "length": length,
+    "math_answer": math_answer,
+    "regex": regex,
+    "repetition": repetition,
+}
+
+HostReward = Callable[[RewardInput], tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+def make_reward(reward: config.Reward, tokenizer: Any = None) -> HostReward:
+    """The host rewards of a configuration as one function: batch -> (f32[B] weighted sum, {"reward/<name>": f32[B] unweighted}).
+
+    Every part runs with `timeout_s` and is checked: a part that raises, is late or is not B finite numbers stops the run with a
+    `RewardError`. Functions of the user's are called as `function(RewardInput, **options)`. Errors: `UserError` when made.
+    """
+    parts: list[tuple[str, float, Callable[[RewardInput], Any]]] = []
+    for entry in reward.functions:
+        name = _unused(entry.function.rpartition(":")[2], [part[0] for part in parts])
+        parts.append((name, _weight(entry.weight, f"reward.functions ({name})"), _bound(entry, tokenizer)))
+    if reward.url is not None:
+        parts.append(
+            ("url", _weight(reward.url_weight, "reward.url_weight"), http_reward(reward.url, timeout_s=reward.timeout_s))
+        )
+    # A server bounds each of its attempts itself; the limit here only catches a wait that nothing else ends.
+    limits = {name: reward.timeout_s if name != "url" else 4 * (reward.timeout_s + 15.0) for name, _, _ in parts}
+
+    def total(batch: RewardInput) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        out = np.zeros(len(batch.responses), np.float32)
+        values = {}
+        for name, weight, function in parts:
+            value = run_reward(function, batch, name, timeout_s=limits[name])
+            values[f"reward/{name}"] = value
+            out += np.float32(weight) * value
+        return out, values
+
+    return total
+
+
+def run_reward(function: Callable[[RewardInput], Any], batch: RewardInput, name: str, *, timeout_s: float) -> np.ndarray:
+    """One reward of one batch, checked: f32[B]. Errors: `RewardError`, naming the sample and its prompt where there is one."""
+    outcome = call(function, batch, timeout_s=timeout_s)
+    if outcome.late:
+        raise RewardError(
+            f"reward {name}: no answer for {len(batch.responses)} samples within {timeout_s:g} s; raise reward.timeout_s"
+        )
+    if isinstance(outcome.error, RewardError):
+        raise outcome.error
+    if outcome.error is not None:
+        where = _culprit(function, batch, timeout_s)
+        raise RewardError(f"reward {name}: raised {explain(outcome.error)}{where}") from outcome.error
+    return checked(outcome.value, len(batch.responses), name, batch.prompts)
+
+
+def _culprit(function: Callable[[RewardInput], Any], batch: RewardInput, timeout_s: float) -> str:
+    """The first sample on which the function raises by itself, for the message."""
+    for i in range(len(batch.responses)):
+        columns = {key: values[i : i + 1] for key, values in batch.columns.items()}
+        one = RewardInput(batch.prompts[i : i + 1], batch.responses[i : i + 1], np.asarray(batch.finished)[i : i + 1], columns)
+        if call(function, one, timeout_s=timeout_s).error is not None:
+            return f"; sample {i}, prompt {shorten(batch.prompts[i])}, response {shorten(batch.responses[i])}"
+    return f"; on a batch of {len(batch.responses)}, not on any one sample"
+
+
+def _bound(entry: config.RewardFunction, tokenizer: Any) -> Callable[[RewardInput], Any]:
+    """A function with its options filled in. Errors: `UserError` for options that it does not take."""
+    function = REWARDS.get(entry.function) or load_function(entry.function)
+    options = dict(entry.options)
+    parameters = inspect.signature(function).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = [name for name in list(parameters)[1:] if name != "tokenizer"]
+    for key in options:
+        if key not in taken and not open_ended:
+            raise UserError(f"reward.functions: {entry.function} takes no option {key!r}; it takes: {', '.join(taken) or 'none'}")
+    for name in taken:
+        parameter = parameters[name]
+        needed = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if needed and name not in options:
+            raise UserError(f"reward.functions: {entry.function} needs the option {name!r}; add options: {{{name}: …}}")
+    if "tokenizer" in parameters:
+        options.setdefault("tokenizer", tokenizer)
+    return functools.partial(function, **options)
+
+
+def _weight(weight: float, key: str) -> float:
+    if not math.isfinite(weight):
+        raise UserError(f"{key}: weight {weight} must be a finite number")
+    return weight
+
+
+def _unused(name: str, taken: list[str]) -> str:
+    number = 2
+    candidate = name
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate
+
+
+__all__ = [
+    "REWARDS",
+    "HostReward",
+    "RewardError",
+    "checked",
+    "final_number",
+    "http_reward",
+    "load_function",
+    "make_reward",
+    "run_reward",
+]

@@ -1,0 +1,304 @@
+"""Batches of the three stages: numpy inside the records of `types.py`, each a pure function of (data, seed, step).
+
+Shapes are static: T = max_tokens and P = max_prompt_tokens, or the longest example rounded up to 8 where that is less. With
+`rows` a host makes only its slice of the global batch.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import types
+from rlhf_jax.config import Data
+from rlhf_jax.data import order
+from rlhf_jax.data.formats import Purpose, Text
+from rlhf_jax.data.packing import pack, padded_fraction
+from rlhf_jax.data.sources import Source, memory_source, open_source
+from rlhf_jax.data.table import Table, columns_of, describe, scan
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+
+_ROUND = 8
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The sources of a data set. Example i of table t has the index first[t] + i."""
+
+    tables: tuple[Table, ...]
+    weights: tuple[float, ...]
+    first: np.ndarray  # i64[S]
+    tokenizer: Tokenizer
+    seed: int
+    batch_size: int
+
+    def locate(self, index: int) -> tuple[Table, int]:
+        table = int(np.searchsorted(self.first, index, side="right")) - 1
+        return self.tables[table], int(index) - int(self.first[table])
+
+    def train(self, step: int, units: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Table and unit (training example or packed row) of every row of a step's batch."""
+        if len(units) == 1:
+            return [(0, int(unit)) for unit in order.indices(self.seed, step, self.batch_size, units[0])]
+        tables, rows = order.mixture(self.seed, step, self.batch_size, units, self.weights)
+        return [(int(table), int(row)) for table, row in zip(tables, rows, strict=True)]
+
+    def train_index(self, step: int) -> np.ndarray:
+        """Index i64[B] of the examples of a step's batch."""
+        drawn = self.train(step, tuple(len(table.train) for table in self.tables))
+        return np.asarray([self.first[table] + self.tables[table].train[unit] for table, unit in drawn], np.int64)
+
+    def eval_index(self) -> np.ndarray:
+        """Index i64[·] of every evaluation example."""
+        return np.concatenate([first + table.eval for first, table in zip(self.first, self.tables, strict=True)])
+
+    def longest(self, limit: int) -> int:
+        longest = max(int(table.lengths.max()) for table in self.tables)
+        return min(limit, -(-longest // _ROUND) * _ROUND)
+
+    def counts(self) -> Counter:
+        return sum((table.counts for table in self.tables), Counter())
+
+    def fingerprint(self) -> str:
+        """Hash of rows, tokenizer, split and mixture, for the checkpoint: resuming on other data is refused."""
+        parts = [*(table.digest() for table in self.tables), *(f"{weight:.9g}" for weight in self.weights)]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """Sequences for fine-tuning; answers (all assistant turns of a conversation) are trained."""
+
+    tables: Tables
+    length: int  # T
+    packs: tuple[list[np.ndarray], ...] | None  # per table: examples (positions in table.train) of every packed row
+    padded_fraction: float  # of training rows
+
+    def batch(self, step: int, *, rows: slice | None = None) -> types.Sequences:
+        """The training batch of a step."""
+        if self.packs is None:
+            chosen = [[index] for index in self.tables.train_index(step)]
+        else:
+            drawn = self.tables.train(step, tuple(map(len, self.packs)))
+            chosen = [self.tables.first[t] + self.tables.tables[t].train[self.packs[t][unit]] for t, unit in drawn]
+        return self._rows(chosen[rows or slice(None)])
+
+    @property
+    def eval_rows(self) -> int:
+        return len(self.tables.eval_index())
+
+    def eval_batch(self, number: int) -> tuple[types.Sequences, np.ndarray]:
+        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
+        index, valid = _eval_slice(self.tables, number)
+        return self._rows([[i] if ok else [] for i, ok in zip(index, valid, strict=True)]), valid
+
+    def fingerprint(self) -> str:
+        return self.tables.fingerprint() + (f"-packed{self.length}" if self.packs else "")
+
+    def _rows(self, rows: Sequence[Sequence[int]]) -> types.Sequences:
+        shape = (len(rows), self.length)
+        tokens: Any = np.full(shape, self.tables.tokenizer.pad_id, np.int32)
+        trained: Any = np.zeros(shape, bool)
+        segments: Any = np.zeros(shape, np.int32)
+        positions: Any = np.zeros(shape, np.int32)
+        for row, examples in enumerate(rows):
+            at = 0
+            for segment, index in enumerate(examples):
+                table, example = self.tables.locate(int(index))
+                ids, keep = table.example(example)[0]
+                here = slice(at, at + len(ids))
+                tokens[row, here], trained[row, here] = ids, keep
+                segments[row, here], positions[row, here] = segment + 1, np.arange(len(ids))
+                at += len(ids)
+        packed = self.packs is not None
+        return types.Sequences(
+            tokens=tokens,
+            mask=segments > 0,
+            target_mask=trained,
+            segments=segments if packed else None,
+            positions=positions if packed else None,
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Pairs of answers to the same prompt."""
+
+    tables: Tables
+    length: int  # T
+    has_margin: bool
+
+    def batch(self, step: int, *, rows: slice | None = None) -> types.Preferences:
+        """The training batch of a step."""
+        return self._pairs(self.tables.train_index(step)[rows or slice(None)])
+
+    @property
+    def eval_rows(self) -> int:
+        return len(self.tables.eval_index())
+
+    def eval_batch(self, number: int) -> tuple[types.Preferences, np.ndarray]:
+        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
+        index, valid = _eval_slice(self.tables, number)
+        return self._pairs(np.where(valid, index, -1)), valid
+
+    def fingerprint(self) -> str:
+        return self.tables.fingerprint()
+
+    def _pairs(self, index: np.ndarray) -> types.Preferences:
+        shape = (2, len(index), self.length)
+        tokens: Any = np.full(shape, self.tables.tokenizer.pad_id, np.int32)
+        mask: Any = np.zeros(shape, bool)
+        trained: Any = np.zeros(shape, bool)
+        margin: Any = np.zeros(len(index), np.float32)
+        for row, number in enumerate(index):
+            if number < 0:
+                continue
+            table, example = self.tables.locate(int(number))
+            for side, (ids, keep) in enumerate(table.example(example)):
+                tokens[side, row, : len(ids)], trained[side, row, : len(ids)] = ids, keep
+                mask[side, row, : len(ids)] = True
+            if self.has_margin:
+                margin[row] = table.margin(example)
+        chosen, rejected = (types.Sequences(tokens=tokens[s], mask=mask[s], target_mask=trained[s]) for s in (0, 1))
+        return types.Preferences(chosen=chosen, rejected=rejected, margin=margin if self.has_margin else None)
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """Prompts for the actor, and what rewards need to know about them."""
+
+    tables: Tables
+    length: int  # P
+
+    def batch(self, step: int, *, rows: slice | None = None) -> types.Prompts:
+        """The prompts of a step."""
+        return self.prompts(self.tables.train_index(step)[rows or slice(None)])
+
+    def eval_batch(self, count: int) -> types.Prompts:
+        """`count` fixed prompts, the same at every call: evaluation rows first, then (where those run out) training rows."""
+        found = [self.tables.eval_index()]
+        found += [first + table.train for first, table in zip(self.tables.first, self.tables.tables, strict=True)]
+        return self.prompts(np.resize(np.concatenate(found), count) if count else np.zeros(0, np.int64))
+
+    def prompts(self, index: np.ndarray) -> types.Prompts:
+        """Left-padded prompts of the examples with these indices."""
+        tokens: Any = np.full((len(index), self.length), self.tables.tokenizer.pad_id, np.int32)
+        mask: Any = np.zeros(tokens.shape, bool)
+        for row, number in enumerate(index):
+            table, example = self.tables.locate(int(number))
+            ids, _ = table.example(example)[0]
+            tokens[row, self.length - len(ids) :], mask[row, self.length - len(ids) :] = ids, True
+        rows: Any = np.asarray(index, np.int32)
+        return types.Prompts(tokens=tokens, mask=mask, index=rows)
+
+    def columns(self, index: Any) -> dict[str, list[Any]]:
+        """The data rows' other columns, such as the answer."""
+        return columns_of([self._row(i) for i in np.asarray(index)])
+
+    def texts(self, index: Any) -> list[str]:
+        """The prompts as text: as given, or as the chat template renders them."""
+        return [self._text(self._row(i).prompt) for i in np.asarray(index)]
+
+    def fingerprint(self) -> str:
+        return self.tables.fingerprint()
+
+    def _row(self, index: Any) -> Any:
+        table, example = self.tables.locate(int(index))
+        return table.row(example)
+
+    def _text(self, prompt: Text) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.tables.tokenizer.render_chat(prompt, add_generation_prompt=True)
+
+
+def _eval_slice(tables: Tables, number: int) -> tuple[np.ndarray, np.ndarray]:
+    every = tables.eval_index()
+    at = np.arange(number * tables.batch_size, (number + 1) * tables.batch_size)
+    valid = at < len(every)
+    return np.where(valid, every[np.minimum(at, len(every) - 1)] if len(every) else -1, -1), valid
+
+
+def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Source], list[float]]:
+    """The sources that a configuration names, with their weights: `path`, `sources` or `task`, exactly one of them."""
+    given = [key for key in ("path", "sources", "task") if getattr(data, key)]
+    if len(given) != 1:
+        found = " and ".join(f"data.{key}" for key in given) or "none"
+        raise UserError(f"give exactly one of data.path, data.sources, data.task; found {found}")
+    if data.task is not None:
+        from rlhf_jax.data.tasks import TASKS
+
+        rows = TASKS[data.task].rows(purpose, seed)
+        return [memory_source(rows[: data.limit], f"task {data.task}")], [1.0]
+    if data.path is not None:
+        return [open_source(data.path, limit=data.limit)], [1.0]
+    return [open_source(source.path, limit=data.limit) for source in data.sources], [source.weight for source in data.sources]
+
+
+def make_tables(
+    data: Data,
+    tokenizer: Tokenizer,
+    purpose: Purpose,
+    *,
+    seed: int,
+    batch_size: int,
+    rows: Sequence[dict[str, Any]] | None = None,
+) -> Tables:
+    """Open and scan the sources. `rows` (a list of dictionaries) stands for the file. Errors: `UserError`."""
+    if data.max_tokens < 2 or data.max_prompt_tokens < 1:
+        raise UserError(
+            f"data.max_tokens = {data.max_tokens} (at least 2), data.max_prompt_tokens = {data.max_prompt_tokens} (at least 1)"
+        )
+    if rows is not None:
+        sources, weights = [memory_source(rows)], [1.0]
+    else:
+        sources, weights = open_sources(data, purpose=purpose, seed=seed)
+    tables = tuple(scan(source, purpose, tokenizer, data) for source in sources)
+    sizes = [len(table.numbers) for table in tables]
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    return Tables(tables, tuple(weights), first, tokenizer, seed, batch_size)
+
+
+def _require_batch(tables: Tables, units: int, what: str) -> None:
+    if units < tables.batch_size:
+        raise UserError(
+            f"{tables.tables[0].source.name}: {units} {what} for training, fewer than batch_size = {tables.batch_size} "
+            f"({describe(tables.counts())}; data.eval_fraction = {tables.tables[0].data.eval_fraction}); "
+            f"set batch_size to at most {units}, or give more data"
+        )
+
+
+def make_sft_data(
+    data: Data, tokenizer: Tokenizer, *, seed: int, batch_size: int, rows: Sequence[dict[str, Any]] | None = None
+) -> SFTData:
+    """Fine-tuning data of a configuration."""
+    tables = make_tables(data, tokenizer, "sft", seed=seed, batch_size=batch_size, rows=rows)
+    lengths = [table.lengths[table.train, 0].astype(np.int64) for table in tables.tables]
+    packs = tuple(pack(part, data.max_tokens) for part in lengths) if data.packing else None
+    length = data.max_tokens if packs is not None else tables.longest(data.max_tokens)
+    flat = None if packs is None else [row for part in packs for row in part]
+    _require_batch(tables, sum(map(len, lengths)) if flat is None else len(flat), "rows" if flat is None else "packed rows")
+    return SFTData(tables, length, packs, padded_fraction(np.concatenate(lengths), flat, length))
+
+
+def make_preference_data(
+    data: Data, tokenizer: Tokenizer, *, seed: int, batch_size: int, rows: Sequence[dict[str, Any]] | None = None
+) -> PreferenceData:
+    """Preference data of a configuration. Margins come from a `margin` column, where the first row has one."""
+    tables = make_tables(data, tokenizer, "preferences", seed=seed, batch_size=batch_size, rows=rows)
+    _require_batch(tables, sum(len(table.train) for table in tables.tables), "pairs")
+    has_margin = all(table.row(0).margin is not None for table in tables.tables)
+    return PreferenceData(tables, tables.longest(data.max_tokens), has_margin)
+
+
+def make_prompt_data(
+    data: Data, tokenizer: Tokenizer, *, seed: int, batch_size: int, rows: Sequence[dict[str, Any]] | None = None
+) -> PromptData:
+    """Prompts of a configuration."""
+    tables = make_tables(data, tokenizer, "prompts", seed=seed, batch_size=batch_size, rows=rows)
+    _require_batch(tables, sum(len(table.train) for table in tables.tables), "prompts")
+    return PromptData(tables, tables.longest(data.max_prompt_tokens))

@@ -1,0 +1,204 @@
+"""The rows of one source that a stage can use: scanned once, split into training and evaluation, read by number.
+
+Memory is 25 bytes a row and, while they fit in a budget, the tokens themselves; beyond it rows are read and tokenised again
+when a batch wants them.
+"""
+
+import array
+import hashlib
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.config import Data
+from rlhf_jax.data.encode import Example, TokenSequence, encode
+from rlhf_jax.data.formats import Purpose, Row, detect, normalise, rename, render_plain
+from rlhf_jax.data.sources import BadRow, Source
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+
+CACHE_TOKENS = 1 << 24  # 84 MB
+_FEW_PROMPTS = 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples 0 .. n-1 of a source, in the file's order."""
+
+    source: Source
+    purpose: Purpose
+    form: str
+    data: Data
+    tokenizer: Tokenizer
+    numbers: np.ndarray  # i64[n], row of the source
+    lengths: np.ndarray  # i32[n, k], tokens of each sequence of an example
+    train: np.ndarray  # i64[·], examples for training
+    eval: np.ndarray  # i64[·], examples for evaluation
+    counts: Counter = field(default_factory=Counter)  # what happened to the rows that were read
+    cache: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # tokens i32, trained bool, first token of each example
+
+    def row(self, example: int) -> Row:
+        """The row in our terms, read from the source."""
+        number = int(self.numbers[example])
+        return _read(self.source, number, self.purpose, self.form, self.data.columns)
+
+    def example(self, example: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens i32[T] and trained bool[T] of each sequence of an example."""
+        if self.cache is None:
+            where = self.source.where(int(self.numbers[example]))
+            found = encode(self.row(example), self.purpose, self.tokenizer, self.data, where)
+            return [(np.asarray(ids, np.int32), np.asarray(trained, bool)) for ids, trained in found.sequences]
+        tokens, trained, first = self.cache
+        edges = int(first[example]) + np.concatenate([[0], np.cumsum(self.lengths[example])])
+        return [(tokens[a:b], trained[a:b]) for a, b in itertools.pairwise(edges.tolist())]
+
+    def margin(self, example: int) -> float:
+        margin = self.row(example).margin
+        return 0.0 if margin is None else margin
+
+    def digest(self) -> str:
+        """Identifies rows, tokens and split: content of the file, tokenizer, every data key that matters."""
+        keys = ("columns", "max_prompt_tokens", "max_tokens", "long_prompts", "on_bad_rows", "eval_fraction", "limit")
+        parts = [
+            self.source.digest,
+            self.tokenizer.hash,
+            self.purpose,
+            self.form,
+            *(str(getattr(self.data, key)) for key in keys),
+        ]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+class _Cache:
+    """Tokens of the examples scanned so far, until they pass the budget."""
+
+    def __init__(self) -> None:
+        self.tokens, self.trained, self.first = array.array("i"), bytearray(), array.array("q")
+        self.full = False
+
+    def add(self, sequences: tuple[TokenSequence, ...]) -> None:
+        if self.full:
+            return
+        self.first.append(len(self.tokens))
+        for ids, trained in sequences:
+            self.tokens.extend(ids)
+            self.trained.extend(trained)
+        if len(self.tokens) > CACHE_TOKENS:
+            self.tokens, self.trained, self.first, self.full = array.array("i"), bytearray(), array.array("q"), True
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        if self.full:
+            return None
+        return np.array(self.tokens, np.int32), np.frombuffer(bytes(self.trained), bool), np.array(self.first, np.int64)
+
+
+def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> Table:
+    """Read every row once: check, tokenise, drop, split. Errors: `UserError` naming file and line, or the counts at each step."""
+    numbers, lengths, keys = array.array("q"), array.array("i"), array.array("Q")
+    counts: Counter = Counter(rows=0)
+    cache = _Cache()
+    form = None
+    for number in range(len(source)):
+        counts["rows"] += 1
+        try:
+            form = form or _form(source, number, purpose, data)
+            row = _read(source, number, purpose, form, data.columns)
+            found = encode(row, purpose, tokenizer, data, source.name)
+        except BadRow as error:
+            if data.on_bad_rows == "error":
+                raise BadRow(_located(str(error), source, number)) from None
+            counts["skipped: row that cannot be used"] += 1
+            continue
+        if found.dropped is not None:
+            counts[f"dropped: {found.dropped}"] += 1
+            continue
+        for note in found.notes:
+            counts[f"truncated: {note}"] += 1
+        numbers.append(number)
+        lengths.extend(len(ids) for ids, _ in found.sequences)
+        keys.append(_split_key(row))
+        cache.add(found.sequences)
+    counts["kept"] = len(numbers)
+    if not numbers:
+        raise UserError(f"{source.name}: 0 rows left for {purpose}: {describe(counts)}; relax data.{_loosen(counts)}")
+    train, evaluation = _split(np.array(keys, np.uint64), np.array(numbers, np.int64), data.eval_fraction)
+    return Table(
+        source=source,
+        purpose=purpose,
+        form=form or "",
+        data=data,
+        tokenizer=tokenizer,
+        numbers=np.array(numbers, np.int64),
+        lengths=np.array(lengths, np.int32).reshape(len(numbers), -1),
+        train=train,
+        eval=evaluation,
+        counts=counts,
+        cache=cache.arrays(),
+    )
+
+
+def describe(counts: Counter) -> str:
+    """Counts in the order of the filters, as one line."""
+    return ", ".join(f"{value} {key}" if key in ("rows", "kept") else f"{key} {value}" for key, value in counts.items())
+
+
+def _loosen(counts: Counter) -> str:
+    worst = max((key for key in counts if key not in ("rows", "kept")), key=lambda key: counts[key], default="path")
+    if "longer than" in worst:
+        return "max_prompt_tokens or data.max_tokens, or set data.long_prompts=truncate_left"
+    return "on_bad_rows=error to see the first bad row" if "skipped" in worst else "path (another file) or data.columns"
+
+
+def _located(message: str, source: Source, number: int) -> str:
+    """Messages are made with the file's name; the line is looked up only where one is shown."""
+    start = f"{source.name}: "
+    return f"{source.where(number)}: {message.removeprefix(start)}" if message.startswith(start) else message
+
+
+def _form(source: Source, number: int, purpose: Purpose, data: Data) -> str:
+    return detect(rename(source.read(number), data.columns, source.name), purpose, source.name)
+
+
+def _read(source: Source, number: int, purpose: Purpose, form: str, columns: dict[str, str]) -> Row:
+    return normalise(rename(source.read(number), columns, source.name), purpose, form, source.name)
+
+
+def _split_key(row: Row) -> int:
+    """Hash of what a row asks, so that one prompt is never on both sides of the split."""
+    text = render_plain(row.prompt)
+    if not text and isinstance(row.chosen, list):
+        text = render_plain([message for message in row.chosen if message["role"] != "assistant"][:1])
+    text = text or render_plain(row.chosen)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _split(keys: np.ndarray, numbers: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Training and evaluation examples, by hash of the prompt: independent of order, seed, and of what other rows are dropped.
+
+    With fewer than 20 distinct prompts the row's number is hashed instead. Each side gets at least one row where both exist.
+    """
+    if not 0.0 <= fraction < 1.0:
+        raise UserError(f"data.eval_fraction = {fraction}: must be at least 0 and below 1")
+    if np.unique(keys).size < _FEW_PROMPTS:
+        from rlhf_jax.data.order import mix
+
+        keys = mix(numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    held = keys.astype(np.float64) < fraction * 2.0**64
+    if fraction > 0 and len(keys) > 1:
+        if not held.any():
+            held[int(np.argmin(keys))] = True
+        elif held.all():
+            held[int(np.argmax(keys))] = False
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
+    """The other columns of rows, as lists; None where a row lacks one."""
+    names = dict.fromkeys(name for row in rows for name in row.columns)
+    return {name: [row.columns.get(name) for row in rows] for name in names}
+
+
+__all__ = ["CACHE_TOKENS", "Example", "Table", "columns_of", "describe", "scan"]

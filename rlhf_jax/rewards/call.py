@@ -1,0 +1,38 @@
+"""Run a function of the user's with a limit on its time, and hand back what became of it."""
+
+import traceback
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple
+
+
+class Outcome(NamedTuple):
+    value: Any = None
+    error: BaseException | None = None
+    late: bool = False
+
+
+def call(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Outcome:
+    """Call in a daemon thread and wait at most `timeout_s` seconds.
+
+    Whatever the function raises is in `error`. A function that does not return is left behind (`late`): Python cannot stop a
+    thread, but it does not keep the process alive either.
+    """
+    errors: list[BaseException] = []
+    pool = ThreadPool(1)
+    result = pool.apply_async(function, arguments, error_callback=errors.append)
+    pool.close()
+    result.wait(timeout_s)
+    if not result.ready():
+        return Outcome(late=True)
+    if not result.successful():
+        return Outcome(error=errors[0])
+    return Outcome(value=result.get())
+
+
+def explain(error: BaseException, file: str | None = None) -> str:
+    """An exception as "ValueError: message (file.py:12)": the deepest line in `file`, else the deepest of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if file is None or frame.filename == file] or list(frames)
+    place = f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,137 @@
+"""Scores from a server: POST {"prompts": [...], "responses": [...], "finished": [...], "columns": {...}} -> {"scores": [...]}.
+
+The answer may also be the bare list. A failure is never a score: after bounded retries the run stops with a message.
+"""
+
+import functools
+import http.client
+import json
+import random
+import socket
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.check import RewardError, checked
+from rlhf_jax.types import RewardInput
+
+CONNECT_S = 10.0
+RETRIES = 3
+BACKOFF_S = 0.5  # doubled at each retry, with jitter
+BODY_LIMIT = 16 << 20  # bytes
+RETRIED = (408, 429, 500, 502, 503, 504)
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 3
+
+
+class _Retry(RuntimeError):
+    """A failure that may pass."""
+
+
+def http_reward(
+    url: str, *, timeout_s: float = 60.0, sleep: Callable[[float], None] = time.sleep
+) -> Callable[[RewardInput], np.ndarray]:
+    """A reward function that asks a server.
+
+    `timeout_s` bounds the wait of one attempt for its answer; the whole call takes at most 4 attempts and 3.5 s of pauses (half
+    as much again with jitter). Errors: `UserError` for a bad URL, `RewardError` for a server that fails.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        raise UserError(f"reward.url: {_shown(url)!r} must be http://host[:port]/path or https://…, without a password in it")
+    return functools.partial(_ask, url, timeout_s, sleep)
+
+
+def _ask(url: str, timeout_s: float, sleep: Callable[[float], None], batch: RewardInput) -> np.ndarray:
+    finished = np.asarray(batch.finished, bool).tolist()
+    request = {"prompts": batch.prompts, "responses": batch.responses, "finished": finished, "columns": batch.columns}
+    body = json.dumps(request, default=str).encode()
+    jitter = random.Random(len(body))  # noqa: S311  (spreads retries; not a secret)
+    for attempt in range(RETRIES + 1):
+        try:
+            raw = _post(url, body, timeout_s)
+        except _Retry as error:
+            if attempt == RETRIES:
+                raise RewardError(
+                    f"reward.url: {_shown(url)}: {error}, {RETRIES + 1} attempts; start the server, or raise reward.timeout_s"
+                ) from None
+            sleep(BACKOFF_S * 2**attempt * (1.0 + 0.5 * jitter.random()))
+        else:
+            return _scores(raw, url, batch)
+    raise AssertionError("unreachable")
+
+
+def _scores(raw: bytes, url: str, batch: RewardInput) -> np.ndarray:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise RewardError(
+            f'reward.url: {_shown(url)}: the answer is not JSON: {raw[:60]!r}; expected {{"scores": [numbers]}}'
+        ) from None
+    scores = value.get("scores") if isinstance(value, dict) else value
+    if not isinstance(scores, list):
+        raise RewardError(f'reward.url: {_shown(url)}: the answer has no list of scores; expected {{"scores": [numbers]}}')
+    return checked(scores, len(batch.responses), f"url {_shown(url)}", batch.prompts)
+
+
+def _post(url: str, body: bytes, timeout_s: float) -> bytes:
+    """One attempt: follows redirects on the same host only. Raises `_Retry` for what may pass, else `RewardError`."""
+    first = urllib.parse.urlsplit(url)
+    for _ in range(_MAX_REDIRECTS + 1):
+        parts = urllib.parse.urlsplit(url)
+        if (parts.scheme, parts.hostname, parts.port) != (first.scheme, first.hostname, first.port):
+            raise RewardError(f"reward.url: {first.hostname} redirects to another host ({parts.hostname}:{parts.port}); refused")
+        status, location, raw = _exchange(parts, body, timeout_s)
+        if status in _REDIRECTS:
+            url = urllib.parse.urljoin(url, location or "")
+            continue
+        if status in RETRIED:
+            raise _Retry(f"HTTP {status}")
+        if status != 200:
+            raise RewardError(f"reward.url: {_shown(url)}: HTTP {status}: {raw[:80]!r}; not tried again")
+        return raw
+    raise RewardError(f"reward.url: {_shown(url)}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _exchange(parts: urllib.parse.SplitResult, body: bytes, timeout_s: float) -> tuple[int, str | None, bytes]:
+    make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = make(parts.hostname or "", parts.port, timeout=CONNECT_S)
+    deadline = time.monotonic() + CONNECT_S + timeout_s
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    try:
+        connection.connect()
+        connection.sock.settimeout(timeout_s)
+        connection.request("POST", target, body, {"Content-Type": "application/json", "Accept": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.getheader("Location"), _limited(response, connection.sock, deadline)
+    except (TimeoutError, ConnectionError, socket.gaierror, http.client.HTTPException, OSError) as error:
+        raise _Retry(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+    finally:
+        connection.close()
+
+
+def _limited(response: http.client.HTTPResponse, sock: Any, deadline: float) -> bytes:
+    """The body, at most BODY_LIMIT bytes, before the deadline even when it trickles in."""
+    blocks, size = [], 0
+    while block := response.read1(1 << 16):
+        size += len(block)
+        if size > BODY_LIMIT:
+            raise RewardError(f"reward.url: the answer is larger than {BODY_LIMIT >> 20} MB; send one number a sample")
+        blocks.append(block)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer took too long")
+        if sock is not None and sock.fileno() >= 0:
+            sock.settimeout(left)
+    return b"".join(blocks)
+
+
+def _shown(url: str) -> str:
+    """A URL for messages: without query and password, which may hold secrets."""
+    parts = urllib.parse.urlsplit(url)
+    place = parts.hostname or ""
+    return urllib.parse.urlunsplit((parts.scheme, place + (f":{parts.port}" if parts.port else ""), parts.path, "", ""))
