@@ -13,6 +13,11 @@ def key(default: Any, effect: str, unit: str = "") -> Any:
     return dataclasses.field(default=default, metadata={"effect": effect, "unit": unit})
 
 
+def required(effect: str) -> Any:
+    """A field without a default."""
+    return dataclasses.field(metadata={"effect": effect, "unit": ""})
+
+
 def group(cls: type, effect: str) -> Any:
     """A nested group of keys with its own defaults."""
     return dataclasses.field(default_factory=cls, metadata={"effect": effect, "unit": ""})
@@ -90,7 +95,7 @@ class Sampling:
 class Source:
     """A data set among several."""
 
-    path: str
+    path: str = required("jsonl, json or parquet file, compressed or not (or hub name with the data extra)")
     weight: float = key(1.0, "share of this source in the mixture")
 
 
@@ -115,7 +120,7 @@ class Data:
 class RewardFunction:
     """One host reward: a name among the shipped ones, or path/to/file.py:function."""
 
-    function: str
+    function: str = required("name of a shipped reward, or path/to/file.py:function")
     weight: float = key(1.0, "factor of this reward in the sum")
     options: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata={"effect": "keyword arguments of the function", "unit": ""}
