@@ -278,13 +278,22 @@ def _advantages(
 
 
 def minibatch_policy_loss(
-    settings: config.PPO, scored: Scored, batch: Experience, counts: Metrics, kl_coef: jax.Array
+    settings: config.PPO,
+    scored: Scored,
+    batch: Experience,
+    counts: Metrics,
+    kl_coef: jax.Array,
+    *,
+    surrogate: Callable[..., tuple[jax.Array, Metrics]] = policy_loss,
 ) -> tuple[jax.Array, Metrics]:
-    """Share of the minibatch's loss: clipped surrogate - entropy_coef entropy + kl_coef KL; and metric shares."""
+    """Share of the minibatch's loss: clipped surrogate - entropy_coef entropy + kl_coef KL; and metric shares.
+
+    `surrogate` has the signature of `policy_loss`.
+    """
     mask = batch.action_mask
     new, old = scored.logprobs, batch.logprobs
     clip = {"clip_low": settings.clip_low, "clip_high": settings.clip_high, "dual_clip": settings.dual_clip}
-    losses, sums = policy_loss(new, old, batch.advantages, mask, **clip)
+    losses, sums = surrogate(new, old, batch.advantages, mask, **clip)
     metrics = share(sums, counts["tokens"])
     if settings.compat == "deepspeed_chat":
         loss = deepspeed_chat.actor_loss_fn(new, old, batch.advantages, mask, cliprange=settings.clip_high)
@@ -346,26 +355,28 @@ def next_kl_coef(settings: config.AdaptiveKL, kl_coef: jax.Array, experience: Ex
 def make_update(
     settings: config.PPO,
     policy_apply: Callable[..., Scored],
-    value_apply: Callable[..., jax.Array],
+    value_apply: Callable[..., jax.Array] | None,
     actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
+    critic_tx: optax.GradientTransformation | None,
     *,
+    surrogate: Callable[..., tuple[jax.Array, Metrics]] = policy_loss,
     sequence_apply: Callable[..., jax.Array] | None = None,
     constrain: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[..., tuple[RunState, Metrics]]:
     """(state, experience, key, frozen, ptx=None) -> (state, metrics): see `update.make_update`.
 
-    `policy_apply(params, frozen, Experience) -> Scored`, `value_apply(params, frozen, Experience) -> f32[B, R]`;
+    `policy_apply(params, frozen, Experience) -> Scored`, `value_apply(...) -> f32[B, R]` (None: no critic);
     `sequence_apply(params, frozen, Sequences) -> logprobs f32[B, T]` at temperature 1 is needed with ptx_coef > 0.
     """
     if settings.ptx_coef > 0:
         require(sequence_apply, f"ptx_coef {settings.ptx_coef}: sequence_apply")
 
     def policy(params: Params, frozen: Any, batch: Experience, counts: Metrics, kl_coef: jax.Array) -> tuple[jax.Array, Metrics]:
-        return minibatch_policy_loss(settings, policy_apply(params, frozen, batch), batch, counts, kl_coef)
+        scored = policy_apply(params, frozen, batch)
+        return minibatch_policy_loss(settings, scored, batch, counts, kl_coef, surrogate=surrogate)
 
     def value(params: Params, frozen: Any, batch: Experience, counts: Metrics) -> tuple[jax.Array, Metrics]:
-        return minibatch_value_loss(settings, value_apply(params, frozen, batch), batch, counts)
+        return minibatch_value_loss(settings, require(value_apply, "value_apply")(params, frozen, batch), batch, counts)
 
     def ptx(params: Params, frozen: Any, text: Sequences, counts: Metrics) -> tuple[jax.Array, Metrics]:
         logprobs = require(sequence_apply, "sequence_apply")(params, frozen, text)
@@ -379,7 +390,7 @@ def make_update(
 
     losses = update.Losses(
         policy=policy,
-        value=value,
+        value=None if value_apply is None else value,
         denominators=functools.partial(denominators, settings),
         prepare=prepare,
         ptx=ptx if settings.ptx_coef > 0 else None,

@@ -114,9 +114,11 @@ def make_update(
             text = None if ptx is None else constrain(_take(ptx, rows[1]))
             counts = losses.denominators(batch)
             value, metrics, grads = _actor_gradient(losses, passes, actor.params, frozen, batch, text, counts, state.kl_coef)
-            finite = jnp.isfinite(value) & jnp.any(batch.action_mask)
+            something = jnp.any(batch.action_mask)  # False where no score was finite, or where no group had information
+            scored = something if batch.scores is None else something | jnp.any(jnp.isfinite(batch.scores))
+            finite = jnp.isfinite(value) & scored
             stop = jnp.zeros((), bool) if passes.kl_stop is None else metrics["policy/approx_kl_nats"] > passes.kl_stop
-            actor, done = apply_gradients(actor_tx, actor, grads, finite, wanted=wanted & ~stop)
+            actor, done = apply_gradients(actor_tx, actor, grads, finite, wanted=wanted & something & ~stop)
             metrics |= {
                 "policy/loss": value,
                 "policy/grad_norm": done["update/grad_norm"],
