@@ -43,79 +43,52 @@ class Range:
 
 
 COUNT = Range(low=1)
+PAIR = Range(low=2)
 NOT_NEGATIVE = Range(low=0)
 POSITIVE = Range(low=0, low_open=True)
 FRACTION = Range(low=0, high=1)
 FRACTION_BELOW_1 = Range(low=0, high=1, high_open=True)
 BETWEEN_0_AND_1 = Range(low=0, high=1, low_open=True, high_open=True)
 
-RANGES: dict[type, dict[str, Range]] = {
-    c.Run: {"seed": Range(low=0, high=2**31 - 1), "steps": COUNT, "batch_size": COUNT},
-    c.SFTRun: {"micro_batches": COUNT},
-    c.RewardRun: {"micro_batches": COUNT},
-    c.PPORun: {"score_parts": COUNT},
-    c.Lora: {"rank": COUNT, "alpha": POSITIVE},
-    c.Scratch: {
-        "width": COUNT,
-        "layers": COUNT,
-        "heads": COUNT,
-        "kv_heads": COUNT,
-        "mlp_width": COUNT,
-        "max_length": COUNT,
-        "rope_theta": POSITIVE,
-        "vocabulary": Range(low=8),
-    },
-    c.Model: {"logprob_chunk": COUNT},
-    c.Optimizer: {
-        "learning_rate": NOT_NEGATIVE,
-        "warmup_steps": NOT_NEGATIVE,
-        "final_fraction": FRACTION,
-        "beta1": FRACTION_BELOW_1,
-        "beta2": FRACTION_BELOW_1,
-        "eps": POSITIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "clip_norm": POSITIVE,
-    },
-    c.Sampling: {
-        "max_new_tokens": COUNT,
-        "min_new_tokens": NOT_NEGATIVE,
-        "temperature": NOT_NEGATIVE,
-        "top_k": NOT_NEGATIVE,
-        "top_p": Range(low=0, high=1, low_open=True),
-        "min_p": FRACTION_BELOW_1,
-        "repetition_penalty": POSITIVE,
-    },
-    c.Source: {"weight": POSITIVE},
-    c.Data: {
-        "max_prompt_tokens": COUNT,
-        "max_tokens": Range(low=2),
-        "eval_fraction": FRACTION_BELOW_1,
-        "limit": COUNT,
-    },
-    c.Reward: {"timeout_s": POSITIVE},
-    c.AdaptiveKL: {"target": POSITIVE, "horizon": POSITIVE},
-    c.PPO: {
-        "epochs": COUNT,
-        "minibatches": COUNT,
-        "micro_batches": COUNT,
-        "gamma": FRACTION,
-        "lam": FRACTION,
-        "clip_low": BETWEEN_0_AND_1,
-        "clip_high": POSITIVE,
-        "dual_clip": Range(low=1, low_open=True),
-        "value_clip": POSITIVE,
-        "kl_coef": NOT_NEGATIVE,
-        "reward_clip": POSITIVE,
-        "missing_eos_penalty": NOT_NEGATIVE,
-        "entropy_coef": NOT_NEGATIVE,
-        "kl_stop": POSITIVE,
-        "critic_warmup": NOT_NEGATIVE,
-        "ptx_coef": NOT_NEGATIVE,
-        "ema_decay": BETWEEN_0_AND_1,
-    },
-    c.RewardModelLoss: {"centering_coef": NOT_NEGATIVE, "label_smoothing": Range(low=0, high=0.5, high_open=True)},
-    c.Save: {"every": NOT_NEGATIVE, "keep_last": COUNT, "keep_every": COUNT},
-    c.Log: {"every": COUNT, "eval_every": NOT_NEGATIVE, "eval_prompts": NOT_NEGATIVE},
+# Keys mean the same in every group; where they do not, the group's class comes first.
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("steps", "batch_size", "micro_batches", "minibatches", "epochs", "score_parts", "group_size"), COUNT),
+    "GRPO.group_size": PAIR,
+    "GSPO.group_size": PAIR,
+    "RLOO.group_size": PAIR,
+    "seed": Range(low=0, high=2**31 - 1),
+    **dict.fromkeys(("width", "layers", "heads", "kv_heads", "mlp_width", "max_length", "logprob_chunk", "rank"), COUNT),
+    "vocabulary": Range(low=8),
+    **dict.fromkeys(("rope_theta", "alpha", "eps", "clip_norm"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("beta1", "beta2"), FRACTION_BELOW_1),
+    "final_fraction": FRACTION,
+    "max_new_tokens": COUNT,
+    **dict.fromkeys(("min_new_tokens", "temperature", "top_k"), NOT_NEGATIVE),
+    "top_p": Range(low=0, high=1, low_open=True),
+    "min_p": FRACTION_BELOW_1,
+    "repetition_penalty": POSITIVE,
+    "Source.weight": POSITIVE,
+    **dict.fromkeys(("max_prompt_tokens", "limit"), COUNT),
+    "max_tokens": Range(low=2),
+    "eval_fraction": FRACTION_BELOW_1,
+    **dict.fromkeys(("timeout_s", "target", "horizon"), POSITIVE),
+    **dict.fromkeys(("gamma", "lam"), FRACTION),
+    **dict.fromkeys(("clip_low", "ema_decay"), BETWEEN_0_AND_1),
+    **dict.fromkeys(("clip_high", "value_clip", "reward_clip", "kl_stop"), POSITIVE),
+    "dual_clip": Range(low=1, low_open=True),
+    **dict.fromkeys(("kl_coef", "missing_eos_penalty", "entropy_coef", "critic_warmup", "ptx_coef"), NOT_NEGATIVE),
+    **dict.fromkeys(("overlong_buffer", "overlong_penalty", "centering_coef"), NOT_NEGATIVE),
+    "label_smoothing": Range(low=0, high=0.5, high_open=True),
+    "beta": POSITIVE,
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), POSITIVE),
+    "Save.every": NOT_NEGATIVE,
+    "Log.every": COUNT,
+    **dict.fromkeys(("keep_last", "keep_every"), COUNT),
+    **dict.fromkeys(("eval_every", "eval_prompts"), NOT_NEGATIVE),
+    **dict.fromkeys(("max_bad_steps", "patience"), COUNT),
+    **dict.fromkeys(("kl_nats", "ratio", "stall_factor", "stall_s"), POSITIVE),
+    **dict.fromkeys(("entropy_nats", "score_std", "exit_s"), NOT_NEGATIVE),
 }
 
 
@@ -129,24 +102,28 @@ def find_problems(config: Any) -> list[Problem]:
     problems += _data(config.data, "data")
     problems += _batch(config)
     problems += _lengths(config)
-    if isinstance(config, c.PPORun):
-        problems += _ppo(config)
+    if isinstance(config, c.OnlineRun):
+        problems += _online(config)
         problems += _reward(config)
     return problems
 
 
+def range_of(cls: type, name: str) -> Range | None:
+    """The allowed values of a key of a group."""
+    return RANGES.get(f"{cls.__name__}.{name}", RANGES.get(name))
+
+
 def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range]]:
-    rules: dict[str, Range] = {}
-    for cls in type(config).__mro__:
-        rules = RANGES.get(cls, {}) | rules
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        rule = rules.get(field.name)
+        rule = range_of(type(config), field.name)
         if rule is not None and value is not None and not rule.holds(value):
             yield name, f"{name} is {value:g}; it must be {rule.words()}", rule
-        for key, item in enumerate(value) if isinstance(value, tuple) else [("", value)]:
+        if dataclasses.is_dataclass(value):
+            yield from _ranges(value, f"{name}.")
+        for i, item in enumerate(value if isinstance(value, tuple) else ()):
             if dataclasses.is_dataclass(item):
-                yield from _ranges(item, f"{name}.{key}." if key != "" else f"{name}.")
+                yield from _ranges(item, f"{name}.{i}.")
 
 
 def _one_of(config: Any, names: tuple[str, ...], prefix: str, remedy: str) -> Iterator[Problem]:
@@ -207,10 +184,17 @@ def batch_problem(batch_size: int, minibatches: int, micro_batches: int, ways: i
     )
 
 
+def algorithm(config: c.OnlineRun) -> tuple[str, Any]:
+    """The name and the value of a run's group of algorithm keys: ("ppo", config.ppo)."""
+    name = next(name for name, cls in c.STAGES.items() if cls is type(config))
+    return name, getattr(config, name)
+
+
 def splits(config: c.Run) -> tuple[int, int]:
     """(minibatches, micro-batches) that a batch of this run is cut into."""
-    if isinstance(config, c.PPORun):
-        return config.ppo.minibatches, config.ppo.micro_batches
+    if isinstance(config, c.OnlineRun):
+        _, group = algorithm(config)
+        return group.minibatches, group.micro_batches
     return 1, getattr(config, "micro_batches", 1)
 
 
@@ -236,7 +220,7 @@ def _batch(config: c.Run) -> Iterator[Problem]:
 def _lengths(config: c.Run) -> Iterator[Problem]:
     context = model_fact(config.model, "context")
     key, length, words = "data.max_tokens", config.data.max_tokens, f"data.max_tokens = {config.data.max_tokens}"
-    if isinstance(config, c.PPORun):
+    if isinstance(config, c.OnlineRun):
         prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
         key, length = "sampling.max_new_tokens", prompt + response
         words = f"data.max_prompt_tokens + sampling.max_new_tokens = {prompt} + {response} = {length}"
@@ -244,35 +228,44 @@ def _lengths(config: c.Run) -> Iterator[Problem]:
         yield Problem(key, f"{words}, but the model is made for {context} tokens; make them {length - context} shorter")
 
 
-def _ppo(config: c.PPORun) -> Iterator[Problem]:
-    sampling, ppo = config.sampling, config.ppo
+def _online(config: c.OnlineRun) -> Iterator[Problem]:
+    sampling, (name, group) = config.sampling, algorithm(config)
     if sampling.temperature == 0:
-        yield Problem(
-            "sampling.temperature", "sampling.temperature is 0; PPO needs samples, so it must be above 0 (1 is the usual value)"
-        )
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        yield Problem(
-            "sampling.min_new_tokens",
-            f"sampling.min_new_tokens is {sampling.min_new_tokens}; "
-            f"it must be at most max_new_tokens = {sampling.max_new_tokens}",
-        )
+        text = f"sampling.temperature is 0; {name} needs samples, so it must be above 0 (1 is the usual value)"
+        yield Problem("sampling.temperature", text)
+    for key in ("min_new_tokens", "overlong_buffer"):
+        where, value = (name, group) if key == "overlong_buffer" else ("sampling", sampling)
+        if getattr(value, key, 0) > sampling.max_new_tokens:
+            text = f"{where}.{key} is {getattr(value, key)}; it must be at most max_new_tokens = {sampling.max_new_tokens}"
+            yield Problem(f"{where}.{key}", text)
     if sampling.repetition_penalty != 1:
         yield Problem(
             "sampling.repetition_penalty",
-            f"sampling.repetition_penalty is {sampling.repetition_penalty:g}; in PPO it must be 1, "
+            f"sampling.repetition_penalty is {sampling.repetition_penalty:g}; in training it must be 1, "
             "because the ratio would be that of another distribution than the one sampled",
         )
-    if ppo.adaptive_kl is not None and ppo.kl_coef == 0:
-        yield Problem("ppo.kl_coef", "ppo.kl_coef is 0 and ppo.adaptive_kl multiplies it; start above 0, such as 0.05")
-    if ppo.critic_warmup > config.steps:
-        yield Problem("ppo.critic_warmup", f"ppo.critic_warmup is {ppo.critic_warmup}; it must be at most steps = {config.steps}")
-    if ppo.ptx_coef > 0 and config.ptx_data is None:
-        yield Problem("ppo.ptx_coef", f"ppo.ptx_coef is {ppo.ptx_coef:g}, so ptx_data is needed; write ptx_data.path=FILE")
+    if group.adaptive_kl is not None and group.kl_coef == 0:
+        text = f"{name}.kl_coef is 0 and {name}.adaptive_kl multiplies it; start above 0, such as 0.05"
+        yield Problem(f"{name}.kl_coef", text)
+    if getattr(group, "critic_warmup", 0) > config.steps:
+        text = f"{name}.critic_warmup is {group.critic_warmup}; it must be at most steps = {config.steps}"
+        yield Problem(f"{name}.critic_warmup", text)
+    size = getattr(group, "group_size", 1)
+    if config.batch_size % size:
+        near = _nearest(_divisors(config.batch_size), size)
+        text = f"{name}.group_size is {size}; it must divide batch_size = {config.batch_size}; nearest: {near}"
+        yield Problem(f"{name}.group_size", text)
+    if size == 1 and getattr(group, "baseline", "") == "group":
+        text = f"{name}.group_size is 1; {name}.baseline: group needs at least 2 answers per prompt"
+        yield Problem(f"{name}.group_size", text)
+    if group.ptx_coef > 0 and config.ptx_data is None:
+        text = f"{name}.ptx_coef is {group.ptx_coef:g}, so ptx_data is needed; write ptx_data.path=FILE"
+        yield Problem(f"{name}.ptx_coef", text)
     if config.ptx_data is not None:
         yield from _data(config.ptx_data, "ptx_data")
 
 
-def _reward(config: c.PPORun) -> Iterator[Problem]:
+def _reward(config: c.OnlineRun) -> Iterator[Problem]:
     reward = config.reward
     if reward.model is None and reward.url is None and not reward.functions and config.data.task is None:
         yield Problem("reward", "no reward is given; write reward.model=DIRECTORY, reward.functions or reward.url")
@@ -304,6 +297,11 @@ def model_fact(model: c.Model, fact: str) -> int | None:
 def _near(value: int, unit: int) -> str:
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+def _nearest(values: list[int], wanted: int) -> str:
+    below, above = (max((v for v in values if v < wanted), default=None), min((v for v in values if v > wanted), default=None))
+    return " or ".join(str(value) for value in (below, above) if value is not None)
 
 
 def _divisors(number: int) -> list[int]:
