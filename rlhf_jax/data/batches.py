@@ -17,9 +17,9 @@ from rlhf_jax.config import Data
 from rlhf_jax.data import order
 from rlhf_jax.data.formats import Purpose, Text
 from rlhf_jax.data.packing import pack, padded_fraction
-from rlhf_jax.data.sources import Source, memory_source, open_source
-from rlhf_jax.data.table import Table, columns_of, describe, scan
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.sources import memory_source
+from rlhf_jax.data.table import Table, columns_of, describe, open_sources, scan
+from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
 _ROUND = 8
@@ -221,22 +221,6 @@ def _eval_slice(tables: Tables, number: int) -> tuple[np.ndarray, np.ndarray]:
     at = np.arange(number * tables.batch_size, (number + 1) * tables.batch_size)
     valid = at < len(every)
     return np.where(valid, every[np.minimum(at, len(every) - 1)] if len(every) else -1, -1), valid
-
-
-def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Source], list[float]]:
-    """The sources that a configuration names, with their weights: `path`, `sources` or `task`, exactly one of them."""
-    given = [key for key in ("path", "sources", "task") if getattr(data, key)]
-    if len(given) != 1:
-        found = " and ".join(f"data.{key}" for key in given) or "none"
-        raise UserError(f"give exactly one of data.path, data.sources, data.task; found {found}")
-    if data.task is not None:
-        from rlhf_jax.data.tasks import TASKS
-
-        rows = TASKS[data.task].rows(purpose, seed)
-        return [memory_source(rows[: data.limit], f"task {data.task}")], [1.0]
-    if data.path is not None:
-        return [open_source(data.path, limit=data.limit)], [1.0]
-    return [open_source(source.path, limit=data.limit) for source in data.sources], [source.weight for source in data.sources]
 
 
 def make_tables(

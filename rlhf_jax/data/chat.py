@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.data.formats import Message
+from rlhf_jax.data.sources import BadRow
 from rlhf_jax.errors import UserError
 
 Spans = list[tuple[int, int]]
@@ -78,7 +79,7 @@ def render_with_spans(template: str, messages: list[Message], names: dict[str, s
     """The text, and the character spans that the assistant wrote.
 
     A template with `{% generation %}` says which; without, the span of an assistant message is what rendering it adds to the
-    rendering, with generation prompt, of the messages before it. Errors: `UserError` where a template does neither.
+    rendering, with generation prompt, of the messages before it. Errors: `BadRow` where a template does neither.
     """
     marked = _rendered(template, messages, False, names)
     if _OPEN in marked:
@@ -90,7 +91,7 @@ def render_with_spans(template: str, messages: list[Message], names: dict[str, s
         before = _rendered(template, messages[:number], True, names) if number else ""
         after = _rendered(template, messages[: number + 1], False, names)
         if not (after.startswith(before) and marked.startswith(after)):
-            raise UserError(
+            raise BadRow(
                 "the chat template rewrites earlier messages, so the assistant's tokens cannot be found in a conversation of "
                 f"{len(messages)} messages; put {{% generation %}} … {{% endgeneration %}} around them in model.chat_template"
             )

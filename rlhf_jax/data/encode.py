@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from rlhf_jax.config import Data
 from rlhf_jax.data.formats import Purpose, Row, Text
-from rlhf_jax.data.sources import BadRow
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.vocabulary import Tokenizer
+from rlhf_jax.errors import UserError
 
 
 class TokenSequence(NamedTuple):
@@ -110,9 +110,9 @@ def _fit(
 
 
 def _allowed(found: int, limit: int, key: str, data: Data, where: str) -> bool:
-    """False: drop. True: cut. Errors: `BadRow` under `long_prompts: error`."""
+    """False: drop. True: cut. Errors: `UserError` under `long_prompts: error`, whatever `on_bad_rows` says."""
     if data.long_prompts == "error":
-        raise BadRow(
+        raise UserError(
             f"{where}: the prompt has {found} tokens, allowed are {limit} (data.{key}); "
             f"raise data.{key}, or set data.long_prompts=drop or truncate_left"
         )

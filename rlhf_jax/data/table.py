@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.config import Data
-from rlhf_jax.data.encode import Example, TokenSequence, encode
+from rlhf_jax.data.encode import TokenSequence, encode
 from rlhf_jax.data.formats import Purpose, Row, detect, normalise, rename, render_plain
-from rlhf_jax.data.sources import BadRow, Source
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.sources import BadRow, Source, memory_source, open_source
+from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
 CACHE_TOKENS = 1 << 24  # 84 MB
@@ -72,6 +72,22 @@ class Table:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
+def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Source], list[float]]:
+    """The sources that a configuration names, with their weights: `path`, `sources` or `task`, exactly one of them."""
+    given = [key for key in ("path", "sources", "task") if getattr(data, key)]
+    if len(given) != 1:
+        found = " and ".join(f"data.{key}" for key in given) or "none"
+        raise UserError(f"give exactly one of data.path, data.sources, data.task; found {found}")
+    if data.task is not None:
+        from rlhf_jax.data.tasks import TASKS
+
+        rows = TASKS[data.task].rows(purpose, seed)
+        return [memory_source(rows[: data.limit], f"task {data.task}")], [1.0]
+    if data.path is not None:
+        return [open_source(data.path, limit=data.limit)], [1.0]
+    return [open_source(source.path, limit=data.limit) for source in data.sources], [source.weight for source in data.sources]
+
+
 class _Cache:
     """Tokens of the examples scanned so far, until they pass the budget."""
 
@@ -107,9 +123,9 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
             form = form or _form(source, number, purpose, data)
             row = _read(source, number, purpose, form, data.columns)
             found = encode(row, purpose, tokenizer, data, source.name)
-        except BadRow as error:
-            if data.on_bad_rows == "error":
-                raise BadRow(_located(str(error), source, number)) from None
+        except UserError as error:
+            if data.on_bad_rows == "error" or not isinstance(error, BadRow):
+                raise type(error)(_located(str(error), source, number)) from None
             counts["skipped: row that cannot be used"] += 1
             continue
         if found.dropped is not None:
@@ -154,8 +170,9 @@ def _loosen(counts: Counter) -> str:
 
 def _located(message: str, source: Source, number: int) -> str:
     """Messages are made with the file's name; the line is looked up only where one is shown."""
-    start = f"{source.name}: "
-    return f"{source.where(number)}: {message.removeprefix(start)}" if message.startswith(start) else message
+    if message.startswith(f"{source.name}:") and not message.startswith(f"{source.name}: "):
+        return message
+    return f"{source.where(number)}: {message.removeprefix(f'{source.name}: ')}"
 
 
 def _form(source: Source, number: int, purpose: Purpose, data: Data) -> str:
@@ -199,6 +216,3 @@ def columns_of(rows: list[Row]) -> dict[str, list[Any]]:
     """The other columns of rows, as lists; None where a row lacks one."""
     names = dict.fromkeys(name for row in rows for name in row.columns)
     return {name: [row.columns.get(name) for row in rows] for name in names}
-
-
-__all__ = ["CACHE_TOKENS", "Example", "Table", "columns_of", "describe", "scan"]

@@ -15,25 +15,10 @@ from rlhf_jax.errors import UserError
 
 # Architectures for which AutoTokenizer 5.x keeps tokenizer.json as it is when the class is the generic one (read in its source;
 # tests compare). Qwen2 and Phi-3 are not: it rebuilds Qwen2's pre-tokenizer whatever the file says.
-_PLAIN_TYPES = frozenset(
-    (
-        *(
-            "bloom",
-            "falcon",
-            "gemma",
-            "gemma2",
-            "gemma3",
-            "gemma3_text",
-            "gpt2",
-            "gpt_neox",
-            "gpt_oss",
-            "gptj",
-            "llama",
-            "mistral",
-        ),
-        *("mixtral", "olmo2", "olmo3", "opt", "phi", "qwen3", "qwen3_moe", "smollm3"),
-    )
-)
+_PLAIN_TYPES = frozenset({
+    "bloom", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "gptj", "llama", "mistral",
+    "mixtral", "olmo2", "olmo3", "opt", "phi", "qwen3", "qwen3_moe", "smollm3",
+})  # fmt: skip
 
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.tasks import addition, reviews
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.types import RewardFn
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data.tokenizer import Tokenizer, make_tokenizer
+from rlhf_jax.data.vocabulary import Tokenizer, make_tokenizer
 from rlhf_jax.types import RewardInput
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
