@@ -33,6 +33,7 @@ class Offline(NamedTuple):
 
     loss: Loss  # (apply, params, frozen, batch, denominators) -> share of the global mean, metric shares
     denominators: Callable[[Any], dict[str, jax.Array]]  # global batch -> counts
+    prepare: Callable[..., Any] = lambda apply, params, frozen, batch, micro_batches: batch  # global batch, before it is split
 
 
 def learning_rate(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
@@ -152,16 +153,17 @@ def make_offline_update(
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
     *,
+    prepare: Callable[[Params, Any, Any, int], Any] = lambda params, frozen, batch, micro_batches: batch,
     constrain: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable[[TrainState, Any, Params | None], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """(state, batch, frozen) -> (state, metrics): one guarded optimiser step on a batch.
 
-    `loss(params, frozen, batch, denominators)`: an `Offline.loss` with its `apply` bound (functools.partial). `constrain` may
-    put sharding constraints on the batch.
+    `loss(params, frozen, batch, denominators)`: an `Offline.loss` with its `apply` bound (functools.partial), and so is
+    `prepare(params, frozen, batch, micro_batches)`. `constrain` may put sharding constraints on the batch.
     """
 
-    def update(state: TrainState, batch: Any, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
-        batch = constrain(batch)
+    def update(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        batch = prepare(state.params, frozen, constrain(batch), micro_batches)
         counts = denominators(batch)
         value, metrics, grads = accumulate(lambda p, part: loss(p, frozen, part, counts), state.params, batch, micro_batches)
         state, step = apply_gradients(tx, state, grads, jnp.isfinite(value))

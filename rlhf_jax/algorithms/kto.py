@@ -1,0 +1,149 @@
+"""Kahneman-Tversky optimisation: learns from single answers marked good or bad, no pairs needed.
+
+With q = log pi(y|x) - log ref(y|x) and z = max(0, mean over the batch of log pi(y'|x) - log ref(y'|x)) for mismatched
+prompts x and answers y' (an estimate of KL(pi || ref), no gradient), one answer costs, Ethayarajh et al. 2024
+(arXiv:2402.01306), section 4.2,
+
+    desirable_weight   (1 - sigmoid(beta (q - z)))        if y is desirable
+    undesirable_weight (1 - sigmoid(beta (z - q)))        if it is not
+"""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import config, ops
+from rlhf_jax.algorithms.training import Offline, require, split_rows
+from rlhf_jax.types import Frozen, Metrics, Params, Preferences, Pytree, Sequences
+
+Apply = Callable[[Params, Frozen, Sequences], jax.Array]  # -> f32[B, T], log-probability of token t, nats
+
+
+class Labelled(Pytree):
+    """Answers marked good or bad, what the loss takes."""
+
+    sequences: Sequences
+    desirable: jax.Array  # bool[B]
+    reference_point: jax.Array | None = None  # f32[B], nats, z of the whole batch, the same in every row
+
+
+def reference_point(log_ratio: jax.Array) -> jax.Array:
+    """z = max(0, mean log pi/ref) over mismatched answers, f32[] nats, without gradient.
+
+    Args: log_ratio f32[B], nats, summed over the tokens of each mismatched answer.
+    """
+    chex.assert_rank(log_ratio, 1)
+    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(log_ratio.astype(jnp.float32)), 0.0))
+
+
+def answer_loss(
+    log_ratio: jax.Array,
+    desirable: jax.Array,
+    z: jax.Array,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> jax.Array:
+    """Loss of each answer, f32[B]; the equation is at the top of this file.
+
+    Args: log_ratio q f32[B], nats, summed over tokens; desirable bool[B]; z f32[] or f32[B], nats; beta: reward units per nat.
+    """
+    chex.assert_rank([log_ratio, desirable], 1)
+    chex.assert_type(desirable, bool)
+    good = desirable_weight * jax.nn.sigmoid(beta * (z - log_ratio))
+    bad = undesirable_weight * jax.nn.sigmoid(beta * (log_ratio - z))
+    return jnp.where(desirable, good, bad)
+
+
+def mismatched(sequences: Sequences) -> Sequences:
+    """Each prompt with the next row's answer (the last one gets the first's); answers are cut where T ends.
+
+    The prompt of a row is what precedes its first trained token. Args: sequences, i32[B, T], one a row, not packed.
+    Source: the paper, section 4.2, as KTO's authors and TRL build the batch that estimates z.
+    """
+    tokens, mask, targets = sequences.tokens, sequences.mask, sequences.target_mask
+    chex.assert_rank([tokens, mask, targets], 2)
+    width = tokens.shape[1]
+    start = jnp.where(targets.any(1), jnp.argmax(targets, axis=1), mask.sum(1))  # of the answer, i32[B]
+    column = jnp.arange(width)[None]
+    # Column t of the new row is the other row's column t - start + other_start, once t has passed the prompt.
+    source = column - start[:, None] + jnp.roll(start, -1)[:, None]
+    inside = (column >= start[:, None]) & (source < width)
+
+    def spliced(x: jax.Array) -> jax.Array:
+        answer = jnp.take_along_axis(jnp.roll(x, -1, axis=0), jnp.clip(source, 0, width - 1), axis=1)
+        empty = jnp.zeros((), x.dtype)
+        return jnp.where(column < start[:, None], x, jnp.where(inside, answer, empty))
+
+    return sequences.replace(tokens=spliced(tokens), mask=spliced(mask), target_mask=spliced(targets))
+
+
+def labelled(batch: Preferences | Labelled) -> Labelled:
+    """A pair is one desirable and one undesirable answer: all chosen rows, then all rejected ones."""
+    if isinstance(batch, Labelled):
+        return batch
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    return Labelled(sequences=both, desirable=jnp.arange(both.tokens.shape[0]) < batch.chosen.tokens.shape[0])
+
+
+def answer_log_ratio(apply: Apply, params: Params, frozen: Frozen, sequences: Sequences) -> jax.Array:
+    """log pi - log ref of each answer, f32[B], nats; the reference is `frozen.reference`, or the base under the adapter."""
+    reference = require(frozen.actor if frozen.reference is None else frozen.reference, "Frozen.reference")
+    difference = apply(params, frozen, sequences) - jax.lax.stop_gradient(apply(reference, Frozen(), sequences))
+    return ops.masked_sum(difference, sequences.target_mask, 1)
+
+
+def prepare(apply: Apply, params: Params, frozen: Frozen, batch: Preferences | Labelled, micro_batches: int = 1) -> Labelled:
+    """The batch with its reference point z, which must be that of the whole batch: made before it is split, part by part."""
+    prompts = batch.desirable if isinstance(batch, Labelled) else batch.chosen.tokens
+    if prompts.shape[0] < 2:
+        raise ValueError("batch_size is 1: KTO pairs every prompt with another row's answer; make batch_size at least 2")
+    batch = labelled(batch)
+    parts = split_rows(mismatched(batch.sequences), micro_batches)
+    log_ratio = jax.lax.map(lambda part: answer_log_ratio(apply, jax.lax.stop_gradient(params), frozen, part), parts)
+    return batch.replace(reference_point=jnp.full(batch.desirable.shape, reference_point(log_ratio.reshape(-1))))
+
+
+def denominators(batch: Preferences | Labelled) -> dict[str, jax.Array]:
+    """Answers of the global batch that have a token, good and bad ones apart, at least 1."""
+    batch = labelled(batch)
+    usable = jnp.any(batch.sequences.target_mask, 1)
+    counts = {"answers": usable, "desirable": usable & batch.desirable, "undesirable": usable & ~batch.desirable}
+    return {name: jnp.maximum(jnp.sum(rows), 1).astype(jnp.float32) for name, rows in counts.items()}
+
+
+def loss(
+    settings: config.KTO, apply: Apply, params: Params, frozen: Frozen, batch: Labelled, counts: dict[str, jax.Array]
+) -> tuple[jax.Array, Metrics]:
+    """Mean loss of the global batch's answers (this part's share); `batch` comes from `prepare`."""
+    z = require(batch.reference_point, "Labelled.reference_point: call prepare first; it")
+    q = answer_log_ratio(apply, params, frozen, batch.sequences)
+    losses = answer_loss(
+        q,
+        batch.desirable,
+        z,
+        beta=settings.beta,
+        desirable_weight=settings.desirable_weight,
+        undesirable_weight=settings.undesirable_weight,
+    )
+    usable = jnp.any(batch.sequences.target_mask, 1)
+    good, bad = usable & batch.desirable, usable & ~batch.desirable
+    value = ops.masked_sum(losses, usable) / counts["answers"]
+    metrics = {
+        "kto/loss": value,
+        "kto/reference_point_nats": ops.masked_sum(z, usable) / counts["answers"],
+        "kto/desirable_reward": settings.beta * ops.masked_sum(q, good) / counts["desirable"],
+        "kto/undesirable_reward": settings.beta * ops.masked_sum(q, bad) / counts["undesirable"],
+    }
+    return value, metrics
+
+
+def build(settings: config.KTO) -> Offline:
+    """KTO with these settings, on preference pairs or labelled answers; what is frozen is a `types.Frozen`."""
+    if settings.beta <= 0:
+        raise ValueError(f"kto.beta is {settings.beta:g}; it must be above 0, such as 0.1")
+    return Offline(loss=functools.partial(loss, settings), denominators=denominators, prepare=prepare)
