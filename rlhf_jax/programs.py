@@ -4,6 +4,8 @@ The loops run them; `fit` compiles the same ones ahead of time for a machine tha
 function and abstract arguments, so nothing here needs weights.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,13 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from rlhf_jax import config, parallel, sampling, scoring
+from rlhf_jax import config, health, parallel, sampling, scoring
+from rlhf_jax.algorithms import training
 from rlhf_jax.types import (
     Calibration,
-    Experience,
     Frozen,
     Model,
     Moments,
+    OfflineState,
     Params,
     Preferences,
     Prompts,
@@ -30,7 +33,7 @@ from rlhf_jax.types import (
     join,
 )
 
-ALARMS = 6  # length of RunState.alarms: KL, ratio, entropy, score spread, end-of-sequence rate, length
+ALARMS = len(health.ALARMS)
 
 
 class Part(NamedTuple):
@@ -48,7 +51,6 @@ class Parts(NamedTuple):
     critic: Part | None = None
     reference: Part | None = None  # None with LoRA: the actor's base
     reward: Part | None = None  # None: host rewards only
-    calibration: Calibration = Calibration()
 
 
 class Program(NamedTuple):
@@ -153,22 +155,30 @@ def abstract_sequences(mesh: Mesh, rows: int, length: int, *, packed: bool = Fal
 
 
 def online_programs(
-    run: config.PPORun,
-    algorithm: Any,
+    stage: str,
+    run: config.OnlineRun,
+    algorithm: training.Algorithm,
     mesh: Mesh,
     parts: Parts,
     *,
     prompt_length: int,
     stop_ids: tuple[int, ...],
     pad_id: int,
-    actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    ptx_length: int | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Program]:
-    """The programs of an online run: sync, rollout, reward, score, learn."""
+    """The programs of an online run: sync, rollout, score, learn; reward with a reward model, greedy with a greedy baseline.
+
+    Args:
+      stage: names the group of the algorithm's settings in `run`.
+      prompt_length: P.
+      optimizers: of actor and critic.
+      ptx_length: T of the pretraining-mix batches; None without them.
+    """
     rep, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    actor, frozen = parts.actor, abstract_frozen(parts)
-    ema = getattr(run.ppo, "ema_decay", None) is not None
-    state = abstract_run_state(mesh, parts, actor_tx, critic_tx, ema=ema)
+    actor, frozen, settings = parts.actor, abstract_frozen(parts), getattr(run, stage)
+    state = abstract_run_state(mesh, parts, *optimizers, ema=settings.ema_decay is not None)
     prompts, key = abstract_prompts(mesh, run.batch_size, prompt_length), abstract_key(mesh)
 
     def sync(params: Params, base: Params | None) -> Params:
@@ -178,44 +188,81 @@ def online_programs(
     decoding = abstract_like(decoding, parallel.param_shardings(mesh, actor.model.axes(decoding), decoding, gather=("fsdp",)))
     sample = sampling.make_sampler(actor.model, run.sampling, stop_ids=stop_ids, pad_id=pad_id)
     rollout: Rollout = abstract_like(jax.eval_shape(sample, decoding, prompts, key), rows)
-    score = _score(run, algorithm, parts)
-    critic_params = None if state.critic is None else state.critic.params
-    scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic_params, frozen, rollout), rows)
+    score = _score(run, algorithm, parts, settings.old_logprobs)
+    critic = None if state.critic is None else state.critic.params
+    scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic, frozen, rollout), rows)
     scores = abstract((run.batch_size,), jnp.float32, rows)
-    ptx = None
-    if run.ptx_data is not None:
-        ptx = abstract_sequences(mesh, run.batch_size, run.ptx_data.max_tokens)
-    programs = {
+    if "greedy" in algorithm.needs:
+        scored = scored.replace(greedy_score=scores)
+    ptx = None if ptx_length is None else abstract_sequences(mesh, run.batch_size, ptx_length)
+    found = {
         "sync": Program(sync, (actor.trained, actor.frozen), shardings(decoding)),
         "rollout": Program(sample, (decoding, prompts, key), rows),
-        "score": Program(score, (actor.trained, critic_params, frozen, rollout), rows),
+        "score": Program(score, (actor.trained, critic, frozen, rollout), rows),
         "learn": Program(
-            _learn(run, algorithm, parts, actor_tx, critic_tx),
+            _learn(run, algorithm, parts, optimizers, entropy=settings.entropy_coef != 0),
             (state, frozen, rollout, scores, scored, key, ptx),
             (shardings(state), rep),
             donate=(0,),
         ),
     }
     if parts.reward is not None:
-        score_reward = scoring.make_reward_scorer(parts.reward.model, parts.calibration)
-        programs["reward"] = Program(_in_parts(score_reward, run.score_parts), (frozen.reward, rollout), rows)
-    return programs
+        score_reward = scoring.make_reward_scorer(parts.reward.model, calibration)
+        found["reward"] = Program(_in_parts(score_reward, run.score_parts), (frozen.reward, rollout), rows)
+    if "greedy" in algorithm.needs:
+        best = dataclasses.replace(run.sampling, temperature=0.0)
+        answer = sampling.make_sampler(actor.model, best, stop_ids=stop_ids, pad_id=pad_id, collect_kept=rollout.kept is not None)
+        found["greedy"] = Program(answer, (decoding, prompts, key), rows)
+    return found
 
 
-def offline_program(
-    update: Callable[..., Any], mesh: Mesh, state: TrainState, frozen: Frozen, batch: Sequences | Preferences
-) -> Program:
-    """The one program of an offline run: (state, batch, frozen) -> (state, metrics)."""
-    return Program(update, (state, batch, frozen), (shardings(state), parallel.replicated(mesh)), donate=(0,))
+def abstract_offline_state(mesh: Mesh, tx: optax.GradientTransformation, params: Params) -> OfflineState:
+    """The whole state of an offline run as shapes with shardings."""
+    rep = parallel.replicated(mesh)
+    count = abstract((), jnp.int32, rep)
+    trained = abstract_train_state(mesh, tx, params)
+    return OfflineState(step=count, trained=trained, best=abstract((), jnp.float32, rep), bad_steps=count)
 
 
-def _score(run: config.PPORun, algorithm: Any, parts: Parts) -> Callable[..., Scored]:
+def init_offline_state(tx: optax.GradientTransformation, params: Params) -> OfflineState:
+    trained = init_train_state(tx, params)
+    return OfflineState(step=jnp.int32(0), trained=trained, best=jnp.float32(jnp.inf), bad_steps=jnp.int32(0))
+
+
+def offline_functions(
+    stage: str, run: Any, algorithm: training.Offline, model: Model, tx: optax.GradientTransformation
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(state, batch, frozen) -> (state, metrics), and (params, frozen, batch) -> metrics of a batch that is not trained on."""
+    make = scoring.make_score_apply if stage == "reward" else scoring.make_sequence_apply
+    inner = make(model) if stage == "reward" else make(model, run.model.logprob_chunk)
+
+    def apply(params: Params, frozen: Frozen, batch: Sequences) -> Any:
+        return inner(params, frozen.actor, batch)
+
+    loss = functools.partial(algorithm.loss, apply)
+    step = training.make_offline_update(loss, algorithm.denominators, tx, run.micro_batches)
+
+    def update(state: OfflineState, batch: Any, frozen: Frozen) -> tuple[OfflineState, dict[str, jax.Array]]:
+        trained, metrics = step(state.trained, batch, frozen)
+        bad = jnp.where(metrics["update/skipped"] > 0, state.bad_steps + 1, 0)
+        state = state.replace(step=state.step + 1, trained=trained, bad_steps=bad)
+        return state, metrics | {"health/bad_steps": bad}
+
+    def evaluate(params: Params, frozen: Frozen, batch: Sequences | Preferences) -> Any:
+        counts = algorithm.denominators(batch)
+        return loss(params, frozen, batch, counts)[1] | {"count": next(iter(counts.values()))}
+
+    return update, evaluate
+
+
+def _score(run: config.OnlineRun, algorithm: training.Algorithm, parts: Parts, old_logprobs: Any) -> Callable[..., Scored]:
     scorer = scoring.make_scorer(
         parts.actor.model,
         None if parts.critic is None else parts.critic.model,
         temperature=run.sampling.temperature,
         chunk=run.model.logprob_chunk,
         needs=algorithm.needs,
+        old_logprobs=old_logprobs,
     )
 
     def score(actor: Params, critic: Params | None, frozen: Frozen, rollout: Rollout) -> Scored:
@@ -225,20 +272,20 @@ def _score(run: config.PPORun, algorithm: Any, parts: Parts) -> Callable[..., Sc
 
 
 def _learn(
-    run: config.PPORun,
-    algorithm: Any,
+    run: config.OnlineRun,
+    algorithm: training.Algorithm,
     parts: Parts,
-    actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    *,
+    entropy: bool,
 ) -> Callable[..., Any]:
-    policy = scoring.make_policy_apply(
-        parts.actor.model,
-        temperature=run.sampling.temperature,
-        chunk=run.model.logprob_chunk,
-        entropy=True,
-    )
+    model, options = parts.actor.model, {"temperature": run.sampling.temperature, "chunk": run.model.logprob_chunk}
+    policy = scoring.make_policy_apply(model, entropy=entropy, kl_model=model if "kl" in algorithm.needs else None, **options)
     value = None if parts.critic is None else scoring.make_value_apply(parts.critic.model)
-    update = algorithm.make_update(policy, value, actor_tx, critic_tx)
+    text = scoring.make_sequence_apply(model, run.model.logprob_chunk)
+    update = algorithm.make_update(
+        policy, value, *optimizers, sequence_apply=lambda params, frozen, batch: text(params, frozen.actor, batch)
+    )
 
     def learn(
         state: RunState,
@@ -249,10 +296,12 @@ def _learn(
         key: jax.Array,
         ptx: Sequences | None,
     ) -> tuple[RunState, dict[str, jax.Array]]:
-        experience: Experience
         experience, shaping = algorithm.make_experience(rollout, scores, scored, state.kl_coef)
         state, metrics = update(state, experience, key, frozen, ptx)
-        return state, shaping | metrics
+        metrics = shaping | metrics
+        alarms = health.advance_alarms(state.alarms, metrics, run.health, max_new_tokens=run.sampling.max_new_tokens)
+        state = state.replace(step=state.step + 1, cursor=state.cursor + rollout.index.shape[0], alarms=alarms)
+        return state, metrics | {"health/alarms": alarms, "health/bad_steps": state.bad_steps}
 
     return learn
 
@@ -263,8 +312,7 @@ def _in_parts(fn: Callable[[Any, Any], Any], parts: int) -> Callable[[Any, Any],
         return fn
 
     def apply(params: Any, batch: Any) -> Any:
-        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-        results = jax.lax.map(lambda part: fn(params, part), split)
+        results = jax.lax.map(lambda part: fn(params, part), training.split_rows(batch, parts))
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     return apply

@@ -127,6 +127,15 @@ class RunState(Pytree):
     alarms: jax.Array  # i32[len(ALARMS)], how long each alarm has been on
 
 
+class OfflineState(Pytree):
+    """The same for a run that learns from a fixed data set."""
+
+    step: jax.Array  # i32[], batches that have been trained on
+    trained: TrainState
+    best: jax.Array  # f32[], lowest evaluation loss so far
+    bad_steps: jax.Array  # i32[], updates in a row that were skipped because something was not finite
+
+
 class Frozen(Pytree):
     """Parameters that no step changes. With LoRA `actor` and `critic` are bases, and may be the same arrays."""
 

@@ -55,7 +55,9 @@ def _unstacked(table: Any) -> Any:
 
 
 def unstack(spec: Spec, params: Params, compute_dtype: Any) -> Params:
-    """What prefill and decode take: layers as a list, matrices in the compute dtype, as `hidden` casts them."""
+    """What prefill and decode take: layers as a list, matrices in the compute dtype, as `hidden` casts them. Idempotent."""
+    if isinstance(params.get("layers"), list):
+        return params
 
     def cast(path: tuple, x: jax.Array) -> jax.Array:
         return x.astype(compute_dtype) if path[-1].key in ("kernel", "embedding", "lora_a", "lora_b") else x

@@ -1,0 +1,204 @@
+"""The loop of PPO, GRPO, RLOO and their kin: it does not know which one runs. Read this page third.
+
+    rollout = sample(actor, prompts, key)                             jitted, sharded
+    scores  = reward(rollout)                                         reward model, host functions, or both
+    scored  = score(actor, critic, reference, rollout)                log-probabilities and values
+    state   = learn(state, rollout, scores, scored, key)              experience, then epochs x minibatches; donated
+
+Dispatch is asynchronous: the metrics of step n - 1 are read while the device computes step n. Randomness is
+`fold_in(root, step)` and batches are a function of (seed, step), so the run that was interrupted is the run that was not.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax import build, config, health, parallel, setups
+from rlhf_jax.rewards.check import RewardError
+from rlhf_jax.session import Session, open_session
+from rlhf_jax.setups import OnlineSetup
+from rlhf_jax.types import Prompts, RewardInput, Rollout, RunState
+
+
+class Scores(NamedTuple):
+    """What the rewards said about a rollout."""
+
+    total: jax.Array  # f32[B], reward units
+    parts: dict[str, float]  # mean of each host reward
+
+
+class Pending(NamedTuple):
+    """A step that is dispatched and whose results have not been read."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    rollout: Rollout
+    parts: dict[str, float]
+    began: float
+
+
+def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False) -> Path:
+    """Train, evaluate, export; the same call again continues an interrupted run.
+
+    Args:
+      stage: "ppo" or another key of `algorithms.ALGORITHMS`.
+      settings: the run file.
+      from_scratch: set an earlier run in the same directory aside instead of continuing it.
+    Returns: the run's directory. Raises `UserError` for what a user can mend; what was saved stays.
+    """
+    plan = setups.plan_online(stage, settings)
+    made: list[OnlineSetup] = []
+
+    def restore(checkpoints: Any) -> Any:
+        made.append(setups.set_up_online(plan))
+        checkpoints.require_space(made[0].abstract)
+        return checkpoints.restore(made[0].abstract)
+
+    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, restore=restore) as (session, restored):
+        if session.directory.completed_step is not None:
+            session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
+            return Path(settings.out)
+        setup = made[0]
+        state = setup.initial_state() if restored is None else restored.state
+        state = train(setup, state, session)
+        with session.recorder.phase("export"):
+            setup.export(state)
+        session.directory.complete(settings.steps)
+    session.show()
+    return Path(settings.out)
+
+
+def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
+    """Iterate from the state's step to the last."""
+    settings, do, frozen, recorder = setup.settings, setup.do, setup.frozen, session.recorder
+    root = build.root_key(settings, "rollout")
+    start = int(state.step)
+    pending: Pending | None = None
+    if start == 0:
+        state = evaluate(setup, state, session, 0)
+    for step in range(start, settings.steps):
+        began, key = time.perf_counter(), jax.random.fold_in(root, step)
+        prompts = setup.place(setup.prompts(step))
+        critic = None if state.critic is None else state.critic.params
+        with recorder.phase("rollout"), health.phase("rollout", setup.components):
+            decoding = do["sync"](state.actor.params, frozen.actor)
+            rollout = do["rollout"](decoding, prompts, key)
+            greedy = do["greedy"](decoding, prompts, key) if "greedy" in do else None
+        with recorder.phase("reward"), stop_saved(session, step, state):
+            scores = reward(setup, rollout)
+            baseline = None if greedy is None else reward(setup, greedy).total
+        with recorder.phase("score"), health.phase("score", setup.components):
+            scored = do["score"](state.actor.params, critic, frozen, rollout).replace(greedy_score=baseline)
+        with recorder.phase("update"), health.phase("update", setup.components):
+            state, metrics = do["learn"](state, frozen, rollout, scores.total, scored, key, setup.ptx_batch(step))
+            if pending is not None:
+                finish(setup, session, pending)
+            pending = Pending(step + 1, metrics, rollout, scores.parts, began)
+        if session.pause_due(step + 1):
+            finish(setup, session, pending)
+            pending = None
+            if session.evaluation_due(step + 1):
+                state = evaluate(setup, state, session, step + 1)
+            session.settle(step + 1, state)
+    return state
+
+
+@contextlib.contextmanager
+def stop_saved(session: Session, step: int, state: RunState) -> Iterator[None]:
+    """A reward from outside that fails is never a reward of 0: the run stops with everything it has learnt saved."""
+    try:
+        yield
+    except RewardError as error:
+        session.directory.sync()
+        session.checkpoints.save(step, state, {"step": step})
+        session.checkpoints.wait()
+        raise RewardError(f"{error}\nStep {step} is saved; mend the reward and give the same command again.") from error
+
+
+def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
+    """Score a rollout: the reward model on the devices, functions and servers on the host, summed with their weights."""
+    settings = setup.settings.reward
+    total, parts = None, {}
+    if "reward" in setup.do:
+        total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
+    if setup.host_reward is not None:
+        values, parts = setup.host_reward(reward_input(setup, rollout))
+        values = setup.place(np.asarray(values, np.float32))
+        total = values if total is None else total + values
+    return Scores(total, parts)
+
+
+def reward_input(setup: OnlineSetup, rollout: Rollout, rows: int | None = None) -> RewardInput:
+    """A rollout as text, with the other columns of its data rows."""
+    tokens, chosen, finished, index = parallel.fetch((rollout.tokens, rollout.action_mask, rollout.finished, rollout.index))
+    tokens, chosen, finished, index = (x[:rows] for x in (tokens, chosen, finished, index))
+    responses = tokens[:, -chosen.shape[1] :]
+    texts = [setup.tokenizer.decode(row[keep]) for row, keep in zip(responses, chosen, strict=True)]
+    return RewardInput(setup.data.texts(index), texts, finished, setup.data.columns(index))
+
+
+def finish(setup: OnlineSetup, session: Session, pending: Pending) -> None:
+    """Read the results of a step and write its row; blocks until the device has computed them."""
+    found: dict[str, Any] = dict(pending.metrics) | pending.parts
+    if setup.gold is not None:
+        found["reward/gold"] = float(np.mean(setup.gold(reward_input(setup, pending.rollout))))
+    tokens = int(parallel.fetch(pending.rollout.action_mask.sum()))
+    jax.block_until_ready(pending.metrics)
+    seconds = time.perf_counter() - pending.began
+    found |= {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+    session.write(pending.step, found, lambda: pending.rollout)
+
+
+def evaluate(setup: OnlineSetup, state: RunState, session: Session, step: int) -> RunState:
+    """Answer the fixed prompts with the current actor (and its moving average); rows of samples.jsonl; the best score so far."""
+    with session.recorder.phase("evaluate"):
+        key = build.root_key(setup.settings, "evaluate")
+        prompts = setup.place(setup.evaluation_prompts())
+        found = _evaluate_one(setup, state, session, step, prompts, key, state.actor.params, "eval")
+        if state.ema is not None:
+            found |= _evaluate_one(setup, state, session, step, prompts, key, state.ema, "eval_ema")
+        best = max(float(state.best), found["eval/score"])
+        session.recorder.log(step, found | {"eval/best_score": best})
+    return state.replace(best=setup.scalar(best))
+
+
+def _evaluate_one(
+    setup: OnlineSetup, state: RunState, session: Session, step: int, prompts: Prompts, key: jax.Array, params: Any, name: str
+) -> dict[str, float]:
+    do, frozen = setup.do, setup.frozen
+    rollout = do["rollout"](do["sync"](params, frozen.actor), prompts, key)
+    total = parallel.fetch(reward(setup, rollout).total)
+    critic = None if state.critic is None else state.critic.params
+    scored = do["score"](params, critic, frozen, rollout)
+    chosen, lp, ref = parallel.fetch((rollout.action_mask, scored.logprobs, scored.ref_logprobs))
+    kl = np.zeros(len(chosen)) if ref is None else np.where(chosen, lp - ref, 0.0).sum(1)
+    text = reward_input(setup, rollout)
+    gold = None if setup.gold is None else np.asarray(setup.gold(text))
+    if name == "eval":
+        count = min(setup.settings.log.eval_prompts, len(chosen))
+        rows = [
+            {
+                "index": int(i),
+                "prompt": text.prompts[n],
+                "response": text.responses[n],
+                "score": float(total[n]),
+                "gold": None if gold is None else float(gold[n]),
+                "kl_nats": float(kl[n]),
+                "length_tokens": int(chosen[n].sum()),
+                "finished": bool(text.finished[n]),
+            }
+            for n, i in enumerate(parallel.fetch(rollout.index)[:count])
+        ]
+        session.recorder.samples(step, rows)
+    found = {
+        f"{name}/score": float(total.mean()),
+        f"{name}/kl_per_sequence_nats": float(kl.mean()),
+        f"{name}/length_tokens": float(chosen.sum(1).mean()),
+        f"{name}/eos_rate": float(np.mean(text.finished)),
+    }
+    return found if gold is None else found | {f"{name}/gold": float(gold.mean())}

@@ -1,0 +1,127 @@
+"""What both loops need around them: the run's directory, its checkpoints, its pen, its health, and how it is asked to stop."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax import config, config_table, health, metrics, parallel, report
+from rlhf_jax.checkpoint import Checkpoints, Restored
+from rlhf_jax.rundir import RunDir, open_run
+from rlhf_jax.signals import Interrupts
+
+
+@dataclass(frozen=True)
+class Session:
+    """An opened run."""
+
+    settings: config.Run
+    directory: RunDir
+    checkpoints: Checkpoints
+    recorder: metrics.Recorder
+    interrupts: Interrupts
+    watchdog: health.Watchdog
+
+    def evaluation_due(self, step: int) -> bool:
+        """After the last step, and every log.eval_every steps."""
+        every = self.settings.log.eval_every
+        return step == self.settings.steps or (every > 0 and step % every == 0)
+
+    def save_due(self, step: int) -> bool:
+        every = self.settings.save.every
+        return step == self.settings.steps or (every > 0 and step % every == 0)
+
+    def pause_due(self, step: int) -> bool:
+        """The loop must read everything it has dispatched: to evaluate, to save, or because it was asked to stop."""
+        return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step)
+
+    def write(self, step: int, found: Mapping[str, Any], dump: Callable[[], Any]) -> None:
+        """The row of a finished step; stops the run after too many updates that were not finite.
+
+        Args:
+          found: metrics, with `health/bad_steps` and `health/alarms`, which are counters and no metrics.
+          dump: the batch of the step, for when the run is stopped.
+        """
+        found = dict(found)
+        alarms, bad = parallel.fetch((found.pop("health/alarms", None), found.pop("health/bad_steps", 0)))
+        host: dict[str, Any] = found
+        if self.settings.log.every and (step % self.settings.log.every == 0 or step == self.settings.steps):
+            host = self.recorder.log(step, found | {"update/bad_steps": int(bad)})
+        self.recorder.progress(step, host)
+        if alarms is not None:
+            for text in health.alarm_messages(alarms, self.settings.health):
+                self.recorder.note(f"step {step}: {text}")
+        path = self.directory.path / f"bad-step-{step}.npz"
+        health.require_finite_steps(
+            int(bad), self.settings.health, lambda: health.dump_arrays(path, parallel.fetch(dump())), step=step
+        )
+        self.watchdog.beat(step)
+
+    def settle(self, step: int, state: Any) -> None:
+        """After a pause whose rows are written: save if that is due, leave if it was asked (raises `signals.Stopped`)."""
+        asked = self.interrupts.poll()
+        if asked or self.save_due(step):
+            self.directory.sync()
+            self.checkpoints.save(step, state, {"step": step})
+        if asked:
+            self.checkpoints.wait()
+            raise self.interrupts.stopped(step)
+        if self.evaluation_due(step):
+            self.show()
+        self.watchdog.pause()
+
+    def show(self) -> None:
+        """Write report.html and summary.json anew."""
+        self.recorder.summary()
+        if parallel.is_main_process():
+            report.write_report([self.directory.path], self.directory.path / "report.html")
+
+
+@contextlib.contextmanager
+def open_session(
+    stage: str,
+    settings: config.Run,
+    fingerprints: Mapping[str, str],
+    *,
+    from_scratch: bool,
+    restore: Callable[[Checkpoints], Restored | None],
+) -> Iterator[tuple[Session, Restored | None]]:
+    """Lock the directory, restore the newest good checkpoint, cut the logs back to it.
+
+    Args:
+      fingerprints: hashes of what must not have changed since the run began: data, tokenizer, models.
+      restore: called once the directory is ours; returns the restored state or None. Models may be loaded there.
+    """
+    out = Path(settings.out)
+    with contextlib.ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        with interrupts.nothing_to_lose():
+            opened = open_run(
+                out, config_table.dump(settings), fingerprints, from_scratch=from_scratch, devices=jax.device_count()
+            )
+            directory = stack.enter_context(opened)
+            keep = settings.save
+            checkpoints = stack.enter_context(
+                Checkpoints(directory.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            )
+            restored = None
+            if directory.completed_step is None:
+                with health.phase("load"):
+                    restored = restore(checkpoints)
+        recorder = metrics.Recorder(
+            out,
+            stage,
+            total_steps=settings.steps,
+            backends=settings.log.backends,
+            resume_step=directory.completed_step if restored is None else restored.step,
+            config=dataclasses.asdict(settings),
+        )
+        stack.enter_context(recorder)
+        watchdog = stack.enter_context(health.Watchdog(settings.health, say=recorder.note))
+        if restored is not None:
+            recorder.note(f"{out}: continuing from step {restored.step}")
+        yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog), restored

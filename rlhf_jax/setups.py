@@ -1,0 +1,358 @@
+"""What a run holds beside its state: data, models, algorithm, compiled programs. Made once, never changed.
+
+A plan is cheap (tokenizer and data are read and checked, nothing is loaded or compiled); a setup has weights.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax import build, checks, config, models, parallel, programs
+from rlhf_jax.algorithms import training
+from rlhf_jax.build import Loaded
+from rlhf_jax.data.batches import PreferenceData, PromptData, SFTData, make_preference_data, make_prompt_data, make_sft_data
+from rlhf_jax.data.tasks import TASKS
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import HostReward, make_reward
+from rlhf_jax.rundir import fingerprint
+from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RunState, Sequences
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """An online run before anything is loaded."""
+
+    stage: str
+    settings: config.OnlineRun
+    algorithm: training.Algorithm
+    mesh: Mesh
+    tokenizer: Tokenizer
+    data: PromptData
+    ptx: SFTData | None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what must not change while the run exists."""
+        settings = self.settings
+        paths = {"model": settings.model.path, "reference": settings.reference or settings.model.path}
+        paths |= {"reward": settings.reward.model, "critic": getattr(settings, "critic", None)}
+        found = {name: fingerprint(path) for name, path in paths.items()}
+        return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
+
+
+@dataclass(frozen=True)
+class OnlineSetup:
+    """An online run with its models loaded and its programs ready to compile."""
+
+    plan: OnlinePlan
+    actor: Loaded
+    critic: Loaded | None
+    frozen: Frozen
+    optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation]
+    abstract: RunState  # the state as shapes with shardings
+    do: Mapping[str, Any]  # compiled programs by name
+    host_reward: HostReward | None
+    gold: RewardFn | None  # the truth of an embedded task: logged, never trained on
+
+    @property
+    def settings(self) -> config.OnlineRun:
+        return self.plan.settings
+
+    @property
+    def data(self) -> PromptData:
+        return self.plan.data
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.plan.tokenizer
+
+    def prompts(self, step: int) -> Prompts:
+        """The prompts of a step, each `group_size` times in a row; a pure function of (seed, step)."""
+        return _repeat(self.data.batch(step), self.plan.algorithm.group_size)
+
+    def evaluation_prompts(self) -> Prompts:
+        """The fixed prompts, in the shape of a batch so that no program is compiled for them."""
+        return _repeat(self.data.eval_batch(self.settings.batch_size), 1)
+
+    def ptx_batch(self, step: int) -> Sequences | None:
+        return None if self.plan.ptx is None else self.place(self.plan.ptx.batch(step))
+
+    def place(self, batch: Any) -> Any:
+        """Host arrays with a leading batch axis -> the devices."""
+        return parallel.place(batch, parallel.batch_sharding(self.plan.mesh))
+
+    def scalar(self, value: float) -> jax.Array:
+        return parallel.place(np.float32(value), parallel.replicated(self.plan.mesh))
+
+    def components(self) -> dict[str, Any]:
+        """What is resident, by name, for the message when memory runs out."""
+        found = {"actor and optimiser": self.abstract.actor, "reference": self.frozen.reference, "reward": self.frozen.reward}
+        return found | {"critic and optimiser": self.abstract.critic, "base": self.frozen.actor}
+
+    def initial_state(self) -> RunState:
+        """The state before the first step."""
+        settings, (actor_tx, critic_tx) = self.settings, self.optimizers
+        where = programs.shardings(self.abstract)
+        kl_coef = getattr(settings, self.plan.stage).kl_coef
+
+        def make(actor: Params, critic: Params | None) -> RunState:
+            zero, count = jnp.float32(0), jnp.int32(0)
+            return RunState(
+                step=count,
+                cursor=count,
+                actor=programs.init_train_state(actor_tx, actor),
+                critic=None if critic is None else programs.init_train_state(critic_tx, critic),
+                ema=None if self.abstract.ema is None else actor,
+                kl_coef=jnp.float32(kl_coef),
+                scores=Moments(count=zero, mean=zero, m2=zero),
+                best=jnp.float32(-jnp.inf),
+                bad_steps=count,
+                alarms=jnp.zeros((programs.ALARMS,), jnp.int32),
+            )
+
+        critic = None if self.critic is None else self.critic.params
+        return parallel.compile_step(make, out=where)(self.actor.params, critic)
+
+    def export(self, state: RunState) -> None:
+        """Write the actor (its average too) and the critic as Hugging Face directories below `out`."""
+        out = Path(self.settings.out)
+        write = functools.partial(build.export, tokenizer=self.tokenizer)
+        write(out / "final", self.actor, state.actor.params, head="lm")
+        if state.ema is not None:
+            write(out / "final-ema", self.actor, state.ema, head="lm")
+        if state.critic is not None and self.critic is not None:
+            write(out / "final-critic", self.critic, state.critic.params, head="value")
+
+
+def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
+    """Read and check everything that is cheap: mesh, algorithm, tokenizer, data, reward functions."""
+    mesh = parallel.make_mesh(settings.mesh)
+    checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
+    algorithm = build.algorithm(stage, settings)
+    tokenizer = build.tokenizer_for(settings, Path(settings.out))
+    if settings.batch_size % algorithm.group_size:
+        raise UserError(
+            f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"
+        )
+    prompts = settings.batch_size // algorithm.group_size
+    data = make_prompt_data(settings.data, tokenizer, seed=settings.seed, batch_size=prompts)
+    ptx = None
+    if getattr(settings, stage).ptx_coef > 0:
+        if settings.ptx_data is None:
+            raise UserError(f"{stage}.ptx_coef > 0 needs ptx_data, the fine-tuning data of the mixture")
+        ptx = make_sft_data(settings.ptx_data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
+    make_reward(settings.reward, tokenizer)
+    return OnlinePlan(stage, settings, algorithm, mesh, tokenizer, data, ptx)
+
+
+def set_up_online(plan: OnlinePlan) -> OnlineSetup:
+    """Load the models onto the mesh and describe the programs."""
+    settings, mesh, algorithm = plan.settings, plan.mesh, plan.algorithm
+    vocab = plan.tokenizer.vocab_size
+    load = functools.partial(build.load, settings.model, mesh, real_vocab=vocab)
+    path = settings.model.path
+    actor = load(head="lm", key=build.root_key(settings, "model"), path=path)
+    reference = None
+    if "reference" in algorithm.needs and (settings.model.lora is None or settings.reference is not None):
+        from_path = settings.reference or path
+        reference = load(head="lm", key=build.root_key(settings, "model"), path=from_path, trained=False)
+    scorer = None
+    if settings.reward.model is not None:
+        scorer = load(head="score", key=build.root_key(settings, "reward"), path=settings.reward.model, trained=False)
+    critic = None
+    if "critic" in algorithm.needs:
+        given = getattr(settings, "critic", None) or settings.reward.model
+        shared = actor.base if given in (None, path) else None
+        key = build.root_key(settings, "critic")
+        critic = load(head="value", key=key, path=given or path, base=shared, zero_head=given is None)
+    parts = programs.Parts(
+        actor=actor.part,
+        critic=None if critic is None else critic.part,
+        reference=None if reference is None else reference.part,
+        reward=None if scorer is None else scorer.part,
+    )
+    frozen = Frozen(
+        actor=actor.base,
+        critic=None if critic is None else critic.base,
+        reference=None if reference is None else reference.params,
+        reward=None if scorer is None else scorer.params,
+    )
+    optimizers = online_optimizers(plan.stage, settings)
+    steps = programs.online_programs(
+        plan.stage,
+        settings,
+        algorithm,
+        mesh,
+        parts,
+        prompt_length=plan.data.length,
+        stop_ids=stop_ids(settings.sampling, plan.tokenizer),
+        pad_id=plan.tokenizer.pad_id,
+        optimizers=optimizers,
+        ptx_length=None if plan.ptx is None else plan.ptx.length,
+        calibration=scorer.calibration if scorer is not None else None,
+    )
+    host, gold = rewards_of(settings, plan.tokenizer)
+    return OnlineSetup(
+        plan=plan,
+        actor=actor,
+        critic=critic,
+        frozen=frozen,
+        optimizers=optimizers,
+        abstract=programs.abstract_run_state(mesh, parts, *optimizers, ema=getattr(settings, plan.stage).ema_decay is not None),
+        do={name: step.compile() for name, step in steps.items()},
+        host_reward=host,
+        gold=gold,
+    )
+
+
+def online_optimizers(
+    stage: str, settings: config.OnlineRun
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Actor's and critic's optimisers; their schedules span every optimiser step of the run."""
+    algorithm = getattr(settings, stage)
+    per_iteration = algorithm.epochs * algorithm.minibatches
+    critic = getattr(settings, "critic_optimizer", settings.actor_optimizer)
+    warmup = getattr(algorithm, "critic_warmup", 0)
+    return (
+        training.make_optimizer(settings.actor_optimizer, max(settings.steps - warmup, 1) * per_iteration),
+        training.make_optimizer(critic, settings.steps * per_iteration),
+    )
+
+
+def stop_ids(sampling: config.Sampling, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's, generation_config's, and sampling.stop."""
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *(tokenizer.token_id(text) for text in sampling.stop)]))
+
+
+def rewards_of(settings: config.OnlineRun, tokenizer: Tokenizer) -> tuple[HostReward | None, RewardFn | None]:
+    """Host rewards, and the gold reward of an embedded task. A task without any other reward is trained on its own."""
+    reward, task = settings.reward, settings.data.task
+    host = make_reward(reward, tokenizer) if reward.functions or reward.url else None
+    truth = None if task is None else TASKS[task].reward
+    if host is None and reward.model is None:
+        if truth is None:
+            raise UserError("reward: nothing scores the answers; give reward.model, reward.functions or reward.url")
+        return (lambda batch: (np.asarray(truth(batch), np.float32), {})), None
+    return host, truth
+
+
+def _repeat(prompts: Prompts, times: int) -> Prompts:
+    repeated = jax.tree.map(lambda x: np.repeat(np.asarray(x), times, axis=0), prompts)
+    rows = len(repeated.index)
+    # An evaluation batch may hold a prompt twice; numbering all rows keeps their answers apart.
+    numbers = np.arange(rows, dtype=np.int32) % times if times > 1 else occurrences(np.asarray(repeated.index))
+    return repeated.replace(sample=numbers)
+
+
+def occurrences(index: np.ndarray) -> np.ndarray:
+    """How often the same number stood before: [5, 3, 5, 5] -> [0, 0, 1, 2]."""
+    seen: dict[int, int] = {}
+    out = np.zeros(len(index), np.int32)
+    for place, number in enumerate(index.tolist()):
+        out[place] = seen.get(number, 0)
+        seen[number] = out[place] + 1
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ offline
+
+
+@dataclass(frozen=True)
+class OfflinePlan:
+    """A fine-tuning, reward-model or preference run before anything is loaded."""
+
+    stage: str
+    settings: Any
+    mesh: Mesh
+    tokenizer: Tokenizer
+    data: SFTData | PreferenceData
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        paths = {"model": self.settings.model.path, "reference": getattr(self.settings, "reference", None)}
+        found = {name: fingerprint(path) for name, path in paths.items()}
+        return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
+
+
+@dataclass(frozen=True)
+class OfflineSetup:
+    """An offline run with its model loaded."""
+
+    plan: OfflinePlan
+    trained: Loaded
+    frozen: Frozen
+    optimizer: optax.GradientTransformation
+    abstract: OfflineState  # the state as shapes with shardings
+    update: Any  # (state, batch, frozen) -> (state, metrics), compiled
+    evaluate: Any  # (params, frozen, batch) -> what `offline.evaluate` averages, compiled
+
+    @property
+    def settings(self) -> Any:
+        return self.plan.settings
+
+    def place(self, batch: Any) -> Any:
+        return parallel.place(batch, parallel.batch_sharding(self.plan.mesh))
+
+    def components(self) -> dict[str, Any]:
+        """What is resident, by name, for the message when memory runs out."""
+        return {"model and optimiser": self.abstract, "base": self.frozen.actor, "reference": self.frozen.reference}
+
+    def scalar(self, value: float) -> jax.Array:
+        return parallel.place(np.float32(value), parallel.replicated(self.plan.mesh))
+
+    def initial_state(self) -> OfflineState:
+        """The state before the first step."""
+        make = functools.partial(programs.init_offline_state, self.optimizer)
+        return parallel.compile_step(make, out=programs.shardings(self.abstract))(self.trained.params)
+
+
+HEADS = {"reward": "score"}  # every other offline stage trains the language model
+
+
+def plan_offline(stage: str, settings: Any) -> OfflinePlan:
+    """Read and check mesh, tokenizer and data."""
+    mesh = parallel.make_mesh(settings.mesh)
+    checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
+    tokenizer = build.tokenizer_for(settings, Path(settings.out))
+    make: Callable[..., Any] = make_sft_data if stage == "sft" else make_preference_data
+    data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
+    return OfflinePlan(stage, settings, mesh, tokenizer, data)
+
+
+def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
+    """Load the model (and a reference where the algorithm has one) and describe the programs."""
+    settings, mesh, stage = plan.settings, plan.mesh, plan.stage
+    head = HEADS.get(stage, "lm")
+    load = functools.partial(build.load, settings.model, mesh, real_vocab=plan.tokenizer.vocab_size)
+    trained = load(head=head, key=build.root_key(settings, "model"), path=settings.model.path)
+    reference = None
+    if hasattr(settings, "reference") and (settings.model.lora is None or settings.reference is not None):
+        from_path = settings.reference or settings.model.path
+        reference = load(head=head, key=build.root_key(settings, "model"), path=from_path, trained=False)
+    frozen = Frozen(actor=trained.base, reference=None if reference is None else reference.params)
+    tx = training.make_optimizer(settings.optimizer, settings.steps)
+    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)
+    abstract = programs.abstract_offline_state(mesh, tx, trained.part.trained)
+    return OfflineSetup(
+        plan=plan,
+        trained=trained,
+        frozen=frozen,
+        optimizer=tx,
+        abstract=abstract,
+        update=parallel.compile_step(update, out=(programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,)),
+        evaluate=parallel.compile_step(evaluate, out=parallel.replicated(mesh)),
+    )
+
+
+def model_families() -> Any:
+    """Rows for `rlhf-jax models`."""
+    return models.describe_families()
