@@ -1,0 +1,98 @@
+"""Numbers on their way to a drawing: rounded for people, thinned, smoothed, moved apart."""
+
+import math
+from collections.abc import Sequence
+
+Point = tuple[float, float]
+DRAWN = 240  # most points of one drawn line
+
+
+def number(value: float | None) -> str:
+    """A value for people: three digits, a real minus sign, k and M above ten thousand."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if value == int(value) and size < 1e4:
+        text = f"{value:.0f}"
+    elif size >= 1e4:
+        unit, name = (1e9, "G") if size >= 1e9 else (1e6, "M") if size >= 1e6 else (1e3, "k")
+        text = f"{value / unit:.3g}{name}"
+    elif size >= 100:
+        text = f"{value:.0f}"
+    elif size >= 10:
+        text = f"{value:.1f}"
+    elif size >= 0.1:
+        text = f"{value:.2f}"
+    elif size >= 1e-3:
+        text = f"{value:.2g}"
+    else:
+        text = f"{value:.1e}".replace("e-0", "e-")
+    return text.replace("-", "−")
+
+
+def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten) within [low, high]."""
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, math.ceil(step))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The same number of decimals on every tick."""
+    if len(values) < 2:
+        return [number(value) for value in values]
+    step = abs(values[1] - values[0])
+    largest = max(abs(value) for value in values)
+    if largest >= 1e4 or step < 1e-4:
+        return [number(value) for value in values]
+    decimals = max(0, next(d for d in range(8) if abs(round(step, d) - step) < 1e-9 * max(step, 1e-9)))
+    return [f"{value + 0.0:.{decimals}f}".replace("-", "−") for value in values]
+
+
+def thin(points: Sequence[Point], limit: int = DRAWN) -> list[Point]:
+    """At most about `limit` points; every bucket keeps its lowest and highest one, so that no spike is lost."""
+    if len(points) <= limit:
+        return list(points)
+    size = math.ceil(len(points) / (limit // 2))
+    kept: list[Point] = []
+    for begin in range(0, len(points), size):
+        bucket = range(begin, min(begin + size, len(points)))
+        ends = {min(bucket, key=lambda i: points[i][1]), max(bucket, key=lambda i: points[i][1])}
+        if begin == 0:
+            ends.add(0)
+        if bucket[-1] == len(points) - 1:
+            ends.add(bucket[-1])
+        kept += [points[i] for i in sorted(ends)]
+    return kept
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Moving average of the values over a tenth of the points around each, over fewer at the ends."""
+    half = max(1, len(points) // 20)
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    averaged = []
+    for index, (x, _) in enumerate(points):
+        low, high = max(0, index - half), min(len(points), index + half + 1)
+        averaged.append((x, (sums[high] - sums[low]) / (high - low)))
+    return averaged
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the wanted ones, at least `gap` apart and within [low, high] when there is room."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = [0.0] * len(wanted)
+    cursor = low
+    for index in order:
+        placed[index] = max(wanted[index], cursor)
+        cursor = placed[index] + gap
+    ceiling = high
+    for index in reversed(order):
+        placed[index] = max(min(placed[index], ceiling), low)
+        ceiling = placed[index] - gap
+    return placed
