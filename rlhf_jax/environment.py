@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 GOOGLE_PCI_VENDOR = "0x1ae0"
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about machine features, autotuning and absent devices
@@ -35,7 +36,7 @@ def _tpu_library_without_tpu() -> bool:
     """libtpu is installed (for `rlhf-jax fit`), but there is no chip: it would print half a page while it finds out."""
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:
         return False
-    return all(path.read_text().strip() != GOOGLE_PCI_VENDOR for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    return all(path.read_text().strip() != GOOGLE_PCI_VENDOR for path in PCI_DEVICES.glob("*/vendor"))
 
 
 def prepare() -> None:

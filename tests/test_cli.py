@@ -1,0 +1,212 @@
+"""The commands: what each starts, what a mistake costs, what --help costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_jax import cli, config, config_table, environment
+from rlhf_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+RUN = "model: {path: m}\ndata: {path: d}\n"
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """Commands set variables for the process; a test must not leave them behind."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("ppo", "file.yaml") -> (exit status, standard output, standard error)."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["rlhf-jax", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_info.value.code, captured.out, captured.err
+
+    return call
+
+
+def fake(monkeypatch, module, **functions):
+    monkeypatch.setitem(sys.modules, f"rlhf_jax.{module}", SimpleNamespace(**functions))
+
+
+def test_help_and_mistakes_are_cheap_and_import_no_jax(tmp_path):
+    (tmp_path / "bad.yaml").write_text("stepz: 1\n")
+    code = """
+import io, json, sys, time
+from rlhf_jax import cli
+for argv in (["--help"], ["ppo", "--help"], ["ppo", sys.argv[1]], ["config", "ppo", "kl"]):
+    sys.argv[1:], out, err = argv, sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+    try:
+        cli.main()
+    except SystemExit as error:
+        status = error.code
+    text, message = sys.stdout.getvalue(), sys.stderr.getvalue()
+    sys.stdout, sys.stderr = out, err
+    heavy = sorted({"jax", "numpy", "transformers", "torch"} & set(sys.modules))
+    print(json.dumps([status, heavy, time.process_time(), text, message]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "bad.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    shown, shown_ppo, bad, keys = (json.loads(line) for line in done.stdout.splitlines())
+    assert [row[0] for row in (shown, shown_ppo, bad, keys)] == [0, 0, 2, 0]
+    assert [row[1] for row in (shown, shown_ppo, bad, keys)] == [[]] * 4
+    assert shown[2] < 0.5, "CPU-seconds of --help"
+    assert all(f"  {stage} " in shown[3] for stage in config.STAGES)
+    assert bad[4] == f"rlhf-jax: {tmp_path / 'bad.yaml'}:1: unknown key 'stepz'; did you mean 'steps'?\n"
+    assert "ppo.kl_coef = 0.05  (a number, reward units per nat)\n    weight of the KL penalty" in keys[3]
+
+
+def test_every_stage_has_a_command():
+    assert cli.TRAINING.keys() == config.STAGES.keys()
+
+
+@pytest.mark.parametrize("stage", config.STAGES)
+def test_training_commands_start_the_loop_with_the_configuration(stage, run, monkeypatch, tmp_path):
+    started = []
+    fake(monkeypatch, "online", run=started.append)
+    fake(monkeypatch, "offline", **{f"run_{name}": started.append for name in ("sft", "reward", "dpo", "kto")})
+    path = tmp_path / "run.yaml"
+    online = issubclass(config.STAGES[stage], config.OnlineRun)
+    path.write_text(RUN + ("reward: {model: r}\n" if online else ""))
+    assert run(stage, path, "seed=3") == (0, "", "")
+    (configuration,) = started
+    assert type(configuration) is config.STAGES[stage]
+    assert (configuration.seed, configuration.model.path) == (3, "m")
+
+
+def test_quickstart_passes_its_options(run, monkeypatch):
+    calls = []
+    fake(monkeypatch, "quickstart", run=lambda **kwargs: calls.append(kwargs))
+    assert run("quickstart") == (0, "", "")
+    assert run("quickstart", "--out", "a", "--task", "addition", "--seed", "2")[0] == 0
+    assert run("quickstart", "--demo", "overoptimization")[0] == 0
+    assert calls == [
+        {"out": Path("runs/quickstart"), "demo": None, "task": "reviews", "seed": 0},
+        {"out": Path("a"), "demo": None, "task": "addition", "seed": 2},
+        {"out": Path("runs/quickstart"), "demo": "overoptimization", "task": "reviews", "seed": 0},
+    ]
+    assert run("quickstart", "--demo", "overoptimization", "--task", "addition")[0] == 2
+    assert run("quickstart", "--task", "reviewz")[0] == 2
+
+
+def test_mistake_while_running_is_one_message_and_status_2(run, monkeypatch, tmp_path):
+    def fail(configuration):
+        raise UserError("data.jsonl:7: no column prompt")
+
+    fake(monkeypatch, "offline", run_sft=fail)
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    assert run("sft", path) == (2, "", "rlhf-jax: data.jsonl:7: no column prompt\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(configuration):
+        raise ZeroDivisionError
+
+    fake(monkeypatch, "offline", run_sft=fail)
+    (tmp_path / "run.yaml").write_text(RUN)
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "sft", str(tmp_path / "run.yaml")])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ppo", "missing.yaml"], "missing.yaml: there is no such file"),
+        (["pp"], "Did you mean 'ppo'?"),
+        (["ppo"], "Missing argument 'CONFIG'"),
+        (["config", "pp"], "the stage 'pp' is not one of sft, reward, ppo"),
+        (["config", "ppo", "zebra"], "no key of ppo has to do with 'zebra'"),
+        (["config"], "the stage '' is not one of"),
+        (["generate", "model"], "Missing option '--prompts'"),
+    ],
+)
+def test_wrong_command_lines(run, args, message):
+    status, out, err = run(*args)
+    assert status == 2
+    assert message in err
+    assert out == ""
+
+
+def test_config_prints_a_run_file_and_the_page(run):
+    for stage, cls in config.STAGES.items():
+        assert run("config", stage, "--yaml")[1] == config_table.dump(cls())
+    assert run("config", "--markdown", "ppo")[1] == config_table.markdown()
+    rows = run("config", "ppo")[1].splitlines()[::2]
+    assert len(rows) == len(list(config_table.describe(config.PPORun)))
+
+
+def test_fit_says_by_its_status_whether_it_fits(run, monkeypatch, tmp_path):
+    verdict = SimpleNamespace(fits=False)
+    fake(monkeypatch, "fit", fit=lambda stage, run, machine, only: verdict, to_text=lambda v: "table", to_json=lambda v: "{}")
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    assert run("fit", path, "--topology", "v5e-8") == (1, "table\n", "")
+    verdict.fits = True
+    assert run("fit", path, "--topology", "v5e-8", "--json") == (0, "{}\n", "")
+    assert run("fit", path, "--topology", "abacus")[0] == 2
+
+
+def test_version_and_doctor(run):
+    assert run("--version")[1] == "0.1.0\n"
+    page = run("doctor")[1]
+    assert "device:      cpu 0: cpu" in page
+    assert "GiB free in" in page
+    assert 'pip install "rlhf-jax[wandb]"' in page or "wandb: installed" in page
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m rlhf_jax config ppo | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("out = runs/run  (text)\n", "")
+
+
+# The environment
+
+
+def test_environment_sets_defaults_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "TF_CPP_MIN_LOG_LEVEL": "0", "JAX_PLATFORMS": "cpu"})
+    environment.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "rlhf-jax/xla")
+    assert (tmp_path / "rlhf-jax/xla").is_dir()
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
+    assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) < 1
+    environment.prepare()
+    monkeypatch.setitem(os.environ, "JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    environment.prepare()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_home_that_cannot_be_written_to_gets_a_temporary_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path / "file"), "JAX_PLATFORMS": "cpu"})
+    environment.prepare()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("library", "vendor", "platforms"), [(True, "0x10de", "cpu"), (True, "0x1ae0", None), (False, "0x10de", None)]
+)
+def test_the_tpu_library_is_not_asked_where_there_is_no_tpu(monkeypatch, tmp_path, library, vendor, platforms):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/vendor").write_text(vendor + "\n")
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    monkeypatch.setattr(environment, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: library or None if name == "libtpu" else None)
+    environment.prepare()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
