@@ -1,7 +1,9 @@
 """The models: one decoder, many families, real checkpoints in and out."""
 
-from rlhf_jax.models.families.llama import scratch_spec
+from rlhf_jax.models.families import FAMILIES, spec_of
+from rlhf_jax.models.load import Checkpoint, load_checkpoint, read_spec
+from rlhf_jax.models.scratch import scratch_spec
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.models.transformer import make_model
 
-__all__ = ["Spec", "make_model", "scratch_spec"]
+__all__ = ["FAMILIES", "Checkpoint", "Spec", "load_checkpoint", "make_model", "read_spec", "scratch_spec", "spec_of"]

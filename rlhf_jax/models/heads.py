@@ -1,7 +1,10 @@
 """Heads: what a model says about its hidden states."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Params
@@ -31,3 +34,24 @@ def score(params: Params, x: jax.Array) -> jax.Array:
     head = params["score"]
     y = jnp.einsum("...d,do->...o", x.astype(jnp.float32), head["kernel"].astype(jnp.float32))[..., 0]
     return y + head["bias"].astype(jnp.float32).reshape((1,) * y.ndim) if "bias" in head else y
+
+
+def draw_head(spec: Spec, head: str, key: jax.Array | None, *, zero: bool = False) -> dict[str, np.ndarray]:
+    """A new scalar head: kernel f32[D, 1] from N(0, 1 / (D + 1)), or 0; with head="value" a bias of 0.
+
+    Source: Stiennon et al. 2020 (arXiv 2009.01325) for the spread; a critic starts at 0 so that it begins without opinion.
+    """
+    kernel = np.zeros((spec.head_width, 1), np.float32)
+    if not zero:
+        kernel = np.asarray(jax.random.normal(key, kernel.shape)) / np.float32(math.sqrt(spec.head_width + 1))
+    return {"kernel": kernel} | ({"bias": np.zeros(1, np.float32)} if head == "value" else {})
+
+
+def rightmost_non_pad(tokens: jax.Array, pad_id: int) -> jax.Array:
+    """i32[B], the token that transformers' reward models score: the last one that is not `pad_id`.
+
+    Where pad is end-of-sequence (GPT-2, Pythia) that is the token *before* the final one, although the mask calls the end
+    real. Source: transformers, GenericForSequenceClassification.
+    """
+    real = tokens != pad_id
+    return jnp.max(jnp.where(real, jnp.arange(tokens.shape[1])[None], 0), 1)

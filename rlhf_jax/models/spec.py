@@ -49,7 +49,6 @@ class Layer:
 class Spec:
     """One decoder."""
 
-    model_type: str
     vocab_size: int
     width: int
     heads: int
@@ -84,6 +83,7 @@ class Spec:
     embed_width: int | None = None  # of the embedding and of what the heads see, where it differs from width
     embed_norm: bool = False
     tied: bool = False
+    model_type: str = ""
     max_length: int = 0  # tokens the model is described for; 0: unknown
     origin: str = dataclasses.field(default="{}", compare=False, repr=False)  # the config.json it was made from
 

@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from rlhf_jax import types
 from rlhf_jax.models import attention as attn
 from rlhf_jax.models import rope as ropes
+from rlhf_jax.models.experts import mixture
 from rlhf_jax.models.heads import logits, score
 from rlhf_jax.models.layers import dense, mlp, normalise
 from rlhf_jax.models.params import axes, init, unstack
@@ -120,7 +121,7 @@ def hidden(
     positions = positions_of(mask) if positions is None else positions
     tables = _tables(d.spec, attn.causal(mask.astype(bool), positions, segments), jnp.max(positions) + 1)
     x = _embed(d, params, tokens, positions)
-    if isinstance(params["layers"], list):
+    if isinstance(params.get("layers"), list):
         for p, kind in zip(params["layers"], _kinds(d.spec), strict=True):
             x, _ = _block(d, p, x, tables, kind, _whole)
         return _finish(d, params, x)
@@ -263,7 +264,7 @@ def _embed(d: Decoder, params: Params, tokens: jax.Array, positions: jax.Array) 
         x += params["positions"]["embedding"].astype(x.dtype)[positions + d.spec.position_offset]
     if "embed_norm" in params:
         x = normalise(d.spec, params["embed_norm"], x)
-    return d.constrain(x, ("batch", "seq", "embed"))
+    return d.constrain(x, ("batch", "seq", None))
 
 
 def _finish(d: Decoder, params: Params, x: jax.Array) -> jax.Array:
@@ -271,7 +272,7 @@ def _finish(d: Decoder, params: Params, x: jax.Array) -> jax.Array:
         x = normalise(d.spec, params["final_norm"], x)
     if "project_out" in params:
         x = dense(params["project_out"], x)
-    return d.constrain(x, ("batch", "seq", "embed"))
+    return d.constrain(x, ("batch", "seq", None))
 
 
 def _block(d: Decoder, p: Params, x: jax.Array, tables: Tables, kind: Kind, keep: Callable) -> tuple[jax.Array, Any]:
@@ -288,13 +289,16 @@ def _block(d: Decoder, p: Params, x: jax.Array, tables: Tables, kind: Kind, keep
             x = normalise(spec, p["attention_norm"], x)
     if spec.branches != "parallel_one_norm":
         normed = normalise(spec, p["mlp_norm"], x) if before else x
-    inner = mlp(spec, p["mlp"], normed, d.lora_scale)
+    if kind.experts is None:
+        inner = mlp(spec, p["mlp"], normed, d.lora_scale)
+    else:
+        inner = mixture(spec, kind.experts, p["mlp"], normed, d.lora_scale)
     if "mlp_post_norm" in p:
         inner = normalise(spec, p["mlp_post_norm"], inner)
     x = x + inner if spec.branches == "serial" else x + out + inner
     if spec.norms == "after_sum":
         x = normalise(spec, p["mlp_norm"], x)
-    return d.constrain(x, ("batch", "seq", "embed")), kept
+    return d.constrain(x, ("batch", "seq", None)), kept
 
 
 def _attention(d: Decoder, p: Params, x: jax.Array, tables: Tables, kind: Kind, keep: Callable) -> tuple[jax.Array, Any]:

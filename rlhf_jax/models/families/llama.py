@@ -1,22 +1,23 @@
 """Llama 2 and 3, and all that spell themselves like it: the family that most others change a little."""
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from rlhf_jax import config as settings
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import rope
 from rlhf_jax.models.layers import act_name
+from rlhf_jax.models.rules import Family, Rule, dense, norm, table
 from rlhf_jax.models.spec import Layer, Spec
 
 
 def spec(config: dict[str, Any], **changes: Any) -> Spec:
     """Pre-norm RMS, rope, gated MLP. `changes` are fields of the spec in which another family differs."""
     heads = config["num_attention_heads"]
-    head_dim = changes.pop("head_dim", None) or config.get("head_dim") or config["hidden_size"] // heads
+    head_dim = changes.get("head_dim") or config.get("head_dim") or config["hidden_size"] // heads
     layer = Layer(rope=rope.from_config(config, int(head_dim * rope.partial(config))), scale=head_dim**-0.5)
     bias = bool(config.get("attention_bias", False))
     fields = {
-        "model_type": config["model_type"],
         "vocab_size": config["vocab_size"],
         "width": config["hidden_size"],
         "heads": heads,
@@ -32,33 +33,49 @@ def spec(config: dict[str, Any], **changes: Any) -> Spec:
         "act": act_name(config.get("hidden_act", "silu")),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "max_length": config.get("max_position_embeddings") or 0,
-        "origin": json.dumps(config, sort_keys=True),
     }
     return Spec(**fields | changes)
 
 
-def scratch_spec(scratch: settings.Scratch, vocab_size: int, *, real_vocab: int | None = None) -> Spec:
-    """The Llama-type model that `model.scratch` describes, for a vocabulary of `vocab_size` tokens."""
-    if scratch.width % scratch.heads or (scratch.width // scratch.heads) % 2:
-        raise ValueError(
-            f"model.scratch: width {scratch.width} / heads {scratch.heads} must be an even whole number; change one of them"
-        )
-    if scratch.heads % scratch.kv_heads:
-        raise ValueError(f"model.scratch: kv_heads {scratch.kv_heads} must divide heads {scratch.heads}; change one of them")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab_size,
-        "hidden_size": scratch.width,
-        "intermediate_size": scratch.mlp_width,
-        "num_hidden_layers": scratch.layers,
-        "num_attention_heads": scratch.heads,
-        "num_key_value_heads": scratch.kv_heads,
-        "head_dim": scratch.width // scratch.heads,
-        "max_position_embeddings": scratch.max_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": scratch.rope_theta},
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": scratch.tied,
-    }
-    return spec(config, real_vocab=real_vocab)
+def per_layer(spec: Spec, **columns: Sequence[Any]) -> Spec:
+    """The spec with fields of its layers replaced, one value a layer."""
+    for name, column in columns.items():
+        if len(column) != len(spec.layers):
+            raise UserError(f"config.json: {len(column)} entries for the {name} of {len(spec.layers)} layers; give one a layer")
+    rows = ({name: column[i] for name, column in columns.items()} for i in range(len(spec.layers)))
+    return dataclasses.replace(
+        spec, layers=tuple(dataclasses.replace(x, **row) for x, row in zip(spec.layers, rows, strict=True))
+    )
+
+
+def sliding(spec: Spec, window: int | None, types: Sequence[str]) -> Spec:
+    """The window on the layers whose type is sliding_attention."""
+    return per_layer(spec, window=[window if kind == "sliding_attention" else None for kind in types])
+
+
+def attention_rules(theirs: str) -> list[Rule]:
+    """q, k, v and o stored apart, with norms of queries and keys where there are any."""
+    mats = [rule for name in "qkvo" for rule in dense(f"{theirs}.{name}_proj", f"layers/attention/{name}")]
+    return mats + norm(f"{theirs}.q_norm", "layers/attention/q_norm") + norm(f"{theirs}.k_norm", "layers/attention/k_norm")
+
+
+def rules(spec: Spec) -> list[Rule]:
+    """Tensors of Llama; biases and norms of queries and keys count where the spec has them."""
+    layer = "model.layers.{layer}"
+    return [
+        *table("model.embed_tokens", "embed"),
+        *norm("model.norm", "final_norm"),
+        *dense("lm_head", "head"),
+        *norm(f"{layer}.input_layernorm", "layers/attention_norm"),
+        *norm(f"{layer}.post_attention_layernorm", "layers/mlp_norm"),
+        *attention_rules(f"{layer}.self_attn"),
+        *(rule for name in ("gate", "up", "down") for rule in dense(f"{layer}.mlp.{name}_proj", f"layers/mlp/{name}")),
+    ]
+
+
+LLAMA = Family(
+    spec,
+    rules,
+    "Llama",
+    loads="Llama 2, 3, 3.1, 3.2, 3.3; SmolLM, SmolLM2, Yi, TinyLlama, DeepSeek-R1-Distill-Llama",
+)

@@ -1,0 +1,225 @@
+"""Low-rank adapters: y = x W + (alpha / rank) (x a) b, with a and b stacked like the kernels beside which they lie.
+
+An adapter is a tree of its own, the only one that is trained; `types.join(base, adapter)` puts it beside the kernels and the
+decoder applies what it finds there. The base alone is the reference. Source: arXiv 2106.09685.
+"""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import config as settings
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import directory as dirs
+from rlhf_jax.models import safetensors_file as st
+from rlhf_jax.models.families import family_of
+from rlhf_jax.models.rules import Stored, stored_tensors
+from rlhf_jax.models.spec import Leaf, Spec, leaves
+from rlhf_jax.types import Params
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+FILE, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+
+class Adapter(NamedTuple):
+    """An adapter read from a directory in PEFT layout."""
+
+    params: Params
+    scale: float  # what `make_model(lora_scale=...)` takes
+
+
+def init(spec: Spec, lora: settings.Lora, key: jax.Array, *, dtype: Any = jnp.float32) -> Params:
+    """A new adapter: a uniform in +-1 / sqrt(inputs), b zero, so that it changes nothing yet.
+
+    Raises:
+        UserError: a target is unknown, or the model has none of them.
+    """
+    unknown = [name for name in lora.targets if name not in TARGETS]
+    if unknown:
+        raise UserError(f"model.lora.targets: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+
+    def walk(table: Any, path: tuple[str, ...]) -> Params:
+        found: Params = {}
+        for name, value in table.items():
+            if name in lora.targets and isinstance(value.get("kernel"), Leaf):
+                found[name] = pair(value["kernel"], (*path, name))
+            elif not isinstance(value, Leaf) and (inner := walk(value, (*path, name))):
+                found[name] = inner
+        return found
+
+    def pair(kernel: Leaf, path: tuple[str, ...]) -> Params:
+        *lead, inputs, outputs = kernel.shape
+        bound = 1 / math.sqrt(inputs)
+        own = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        a = jax.random.uniform(own, (*lead, inputs, lora.rank), minval=-bound, maxval=bound)
+        return {"lora_a": a.astype(dtype), "lora_b": jnp.zeros((*lead, lora.rank, outputs), dtype)}
+
+    layers = {name: value for name, value in leaves(spec, "none").items() if name.startswith("layers")}
+    adapter = walk(layers, ())
+    if not adapter:
+        raise UserError(f"model.lora.targets: this {spec.model_type} model has none of {', '.join(lora.targets)}")
+    return adapter
+
+
+def frozen_part(params: Params) -> Params:
+    """What lies still under an adapter: everything but the scalar head, which is trained with it."""
+    return {name: value for name, value in params.items() if name != "score"}
+
+
+def merge(params: Params, scale: float) -> Params:
+    """The joined tree with every kernel replaced by W + scale a b, summed in float32."""
+    if "lora_a" in params:
+        kernel = params["kernel"]
+        delta = jnp.einsum("...ir,...ro->...io", params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32))
+        merged = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
+        return {"kernel": merged} | {name: value for name, value in params.items() if name == "bias"}
+    return {name: merge(value, scale) if isinstance(value, dict) else value for name, value in params.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- PEFT layout
+
+
+def save_adapter(
+    path: str | Path, spec: Spec, adapter: Params, lora: settings.Lora, *, base: str | None = None, head: str = "lm"
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them.
+
+    Where the files fuse matrices that we keep apart (GPT-2, NeoX, Falcon, Phi-3), their adapters become one of the summed
+    rank with zeros off the diagonal blocks: the same function, declared in rank_pattern and alpha_pattern.
+
+    Args:
+        adapter: tree of lora_a and lora_b, and perhaps "score"; base: name or directory of the base model.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    targets = set()
+    for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
+        pairs = [_find(adapter, part.leaf[:-1], part.index) for part in stored.parts]
+        if not any(pairs):
+            continue
+        if stored.inputs is None:
+            raise UserError(f"{name}: PEFT has no layout for adapters of experts that share a tensor; merge the adapter instead")
+        module = name.removesuffix(".weight")
+        a, b = _fuse(stored, pairs, lora.rank)
+        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
+        targets.add(module.rsplit(".", 1)[-1])
+        if len(a) != lora.rank:
+            ranks[module] = len(a)
+    for name, value in adapter.get("score", {}).items():
+        tensors[f"{PREFIX}score.{'weight' if name == 'kernel' else name}"] = np.asarray(value, np.float32).T
+    tasks = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "value": "TOKEN_CLS"}
+    content = {
+        "peft_type": "LORA",
+        "task_type": tasks[head],
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": sorted(targets),
+        "rank_pattern": ranks,
+        "alpha_pattern": {module: lora.alpha * rank / lora.rank for module, rank in ranks.items()},
+        "modules_to_save": ["score"] if "score" in adapter else None,
+        "fan_in_fan_out": spec.model_type == "gpt2",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    st.write(path / FILE, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _find(adapter: Params, path: tuple[str, ...], index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    for name in path:
+        if name not in adapter:
+            return None
+        adapter = adapter[name]
+    if "lora_a" not in adapter:
+        return None
+    return np.asarray(adapter["lora_a"][index], np.float32), np.asarray(adapter["lora_b"][index], np.float32)
+
+
+def _fuse(stored: Stored, pairs: list, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """lora_A [ranks, in] and lora_B [out, ranks] of a stored matrix that holds one or several of ours."""
+    inputs = stored.shape[stored.inputs]
+    ranks = rank * len(pairs)
+    a = np.zeros((ranks, inputs), np.float32)
+    shape = list(stored.shape)
+    shape[stored.inputs] = ranks
+    b = np.zeros(shape, np.float32)
+    for n, (part, pair) in enumerate(zip(stored.parts, pairs, strict=True)):
+        if pair is not None:
+            block = slice(n * rank, (n + 1) * rank)
+            a[block] = pair[0].T
+            view = part.view(b)[block]
+            view[...] = pair[1].reshape(view.shape)
+    return a, b if stored.inputs == 1 else np.ascontiguousarray(b.T)
+
+
+def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any = jnp.float32) -> Adapter:
+    """Read an adapter in PEFT layout.
+
+    Raises:
+        UserError: a tensor does not belong to the model or has another shape, or the adapter is of a kind that is not LoRA.
+    """
+    directory = Path(path)
+    found = dirs.read_json(directory / CONFIG)
+    if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("bias", "none") != "none":
+        raise UserError(f"{directory / CONFIG}: only plain LoRA without biases is supported (no DoRA, peft_type LORA)")
+    reader = st.Reader(directory / FILE)
+    arrays = {name.removeprefix(PREFIX): reader.array(name).astype(np.float32) for name in reader.entries}
+    default = _scaling(found, None)
+    blank = jax.tree.map(lambda leaf: leaf, leaves(spec, head), is_leaf=lambda x: isinstance(x, Leaf))
+    params: Params = {}
+    for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
+        module = name.removesuffix(".weight")
+        a, b = arrays.pop(f"{module}.lora_A.weight", None), arrays.pop(f"{module}.lora_B.weight", None)
+        if a is None or b is None:
+            continue
+        b = b * (_scaling(found, module) / default)
+        b = b if stored.inputs == 1 else b.T
+        for part in stored.parts:
+            kernel = _leaf(blank, part.leaf)
+            node = _node(params, part.leaf[:-1])
+            lead, (inputs, outputs) = kernel.shape[: len(part.index)], kernel.shape[len(part.index) :]
+            if a.shape != (len(a), inputs):
+                raise UserError(f"{directory}: {module}.lora_A.weight has shape {list(a.shape)}; must be [rank, {inputs}]")
+            if "lora_a" not in node:
+                node["lora_a"] = np.zeros((*lead, inputs, len(a)), np.float32)
+                node["lora_b"] = np.zeros((*lead, len(a), outputs), np.float32)
+            node["lora_a"][part.index] = a.T
+            node["lora_b"][part.index] = part.view(b).reshape(len(a), outputs)
+    for name in ("weight", "bias"):
+        value = arrays.pop(f"score.{name}", None)
+        if value is not None:
+            params.setdefault("score", {})["kernel" if name == "weight" else "bias"] = value.T
+    if arrays:
+        names = sorted(arrays)
+        raise UserError(
+            f"{directory}: {len(names)} tensors do not belong to this {spec.model_type} model: {', '.join(names[:5])}"
+        )
+    return Adapter(jax.tree.map(lambda x: jnp.asarray(x, dtype), params), default)
+
+
+def _scaling(content: dict[str, Any], module: str | None) -> float:
+    rank = (content.get("rank_pattern") or {}).get(module, content["r"])
+    alpha = (content.get("alpha_pattern") or {}).get(module, content["lora_alpha"])
+    return alpha / math.sqrt(rank) if content.get("use_rslora") else alpha / rank
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Leaf:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _node(tree: Params, path: tuple[str, ...]) -> Params:
+    for name in path:
+        tree = tree.setdefault(name, {})
+    return tree
