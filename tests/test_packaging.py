@@ -217,7 +217,7 @@ def test_constraints_pin_everything_with_hashes_and_no_addresses(file):
 
 def test_what_tests_holds_what_runs_in_the_same_versions():
     def pins(file):
-        return set(re.findall(r"^[\w.-]+==[^\s\\]+(?: ; [^\\]*)?", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+        return set(re.findall(r"^[\w.-]+==[^\s\\]+", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
 
     assert len(pins("constraints.txt")) > 50
     assert pins("constraints.txt") <= pins("constraints-dev.txt")
@@ -228,7 +228,7 @@ def test_core_is_small():
     for version in ("<", ">="):
         other = {"<": ">=", ">=": "<"}[version]
         lines = re.findall(r"^[\w.-]+==.*", text, re.MULTILINE)
-        here = [line for line in lines if f"python_full_version {other} '3.12'" not in line and "win32" not in line]
+        here = [line for line in lines if f"python_full_version {other} '3.12'" not in line and "== 'emscripten'" not in line]
         assert len(here) - 1 <= 60  # setuptools installs the project; it is no dependency of it
 
 
