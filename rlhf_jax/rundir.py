@@ -115,11 +115,11 @@ def fingerprint(source: str | os.PathLike[str] | None) -> str:
         return "none"
     path = Path(source)
     if path.is_file():
-        return f"sha256:{integrity.hash_file(path).sha256}"
+        return f"file:{integrity.hash_file(path).hash}"
     if path.is_dir():
         names = [file.name for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
         entries = integrity.hash_files(path, names)
-        return f"sha256:{integrity.hash_text(json.dumps(entries, sort_keys=True))}"
+        return f"directory:{integrity.hash_text(json.dumps(entries, sort_keys=True))}"
     return f"name:{source}"
 
 
