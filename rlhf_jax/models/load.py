@@ -155,7 +155,12 @@ def _language_head(spec: Spec, family: Family) -> set[str]:
 
 
 def _ignored(name: str, family: Family) -> bool:
-    return any(re.search(pattern, name) for pattern in BUFFERS) or any(re.match(pattern, name) for pattern in family.ignored)
+    return any(re.search(pattern, name) for pattern in BUFFERS) or is_foreign(name, family)
+
+
+def is_foreign(name: str, family: Family) -> bool:
+    """True for tensors of another tower than the text model's."""
+    return any(re.match(pattern, name) for pattern in family.ignored)
 
 
 def _some(what: str, names: list[str]) -> str:

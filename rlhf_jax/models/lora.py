@@ -21,7 +21,7 @@ from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.rules import Stored, stored_tensors
 from rlhf_jax.models.spec import Leaf, Spec, leaves
-from rlhf_jax.types import Params
+from rlhf_jax.types import Params, join
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 FILE, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -72,14 +72,18 @@ def frozen_part(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "score"}
 
 
-def merge(params: Params, scale: float) -> Params:
-    """The joined tree with every kernel replaced by W + scale a b, summed in float32."""
+def merge(base: Params, adapter: Params, *, scale: float) -> Params:
+    """A whole model: every kernel that has an adapter becomes W + scale a b, summed in float32."""
+    return _merged(join(base, adapter), scale)
+
+
+def _merged(params: Params, scale: float) -> Params:
     if "lora_a" in params:
         kernel = params["kernel"]
         delta = jnp.einsum("...ir,...ro->...io", params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32))
         merged = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
         return {"kernel": merged} | {name: value for name, value in params.items() if name == "bias"}
-    return {name: merge(value, scale) if isinstance(value, dict) else value for name, value in params.items()}
+    return {name: _merged(value, scale) if isinstance(value, dict) else value for name, value in params.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- PEFT layout
@@ -175,7 +179,7 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
     reader = st.Reader(directory / FILE)
     arrays = {name.removeprefix(PREFIX): reader.array(name).astype(np.float32) for name in reader.entries}
     default = _scaling(found, None)
-    blank = jax.tree.map(lambda leaf: leaf, leaves(spec, head), is_leaf=lambda x: isinstance(x, Leaf))
+    table = leaves(spec, head)
     params: Params = {}
     for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
         module = name.removesuffix(".weight")
@@ -185,7 +189,7 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
         b = b * (_scaling(found, module) / default)
         b = b if stored.inputs == 1 else b.T
         for part in stored.parts:
-            kernel = _leaf(blank, part.leaf)
+            kernel = _leaf(table, part.leaf)
             node = _node(params, part.leaf[:-1])
             lead, (inputs, outputs) = kernel.shape[: len(part.index)], kernel.shape[len(part.index) :]
             if a.shape != (len(a), inputs):

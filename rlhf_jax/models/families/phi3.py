@@ -34,6 +34,8 @@ def old_config(config: dict[str, Any], parameters: dict[str, Any]) -> dict[str, 
     """transformers 4 wants a scaling of exactly three keys, and the rest of the rope at the top level."""
     if parameters.get("rope_type", "default") == "default":
         return {"rope_scaling": None}
+    if parameters.keys() & {"attention_factor", "factor"}:
+        return {"rope_scaling": None}  # version 4 cannot say it, and version 5 would take its word over rope_parameters
     return {"rope_scaling": {"type": "longrope"} | {key: parameters[key] for key in ("short_factor", "long_factor")}}
 
 

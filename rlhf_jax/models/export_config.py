@@ -1,0 +1,71 @@
+"""`config.json` as both generations of transformers, vLLM and SGLang read it."""
+
+import json
+from typing import Any
+
+from rlhf_jax.models.families import family_of
+from rlhf_jax.models.rules import Family
+from rlhf_jax.models.spec import Spec
+from rlhf_jax.types import Calibration
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def export_config(spec: Spec, head: str, dtype: str, *, pad_id: int | None = None, calibration: Calibration) -> dict[str, Any]:
+    """The config the spec was made from, with the class of the head, the dtype and both spellings of the rope.
+
+    A config in version 5's spelling alone is read by version 4 in silence, and wrongly.
+
+    Args:
+        head: "lm", "score" or "value"; dtype: name of the stored dtype; pad_id: written for reward models, whose class needs it.
+    """
+    family = family_of(spec.model_type)
+    config = json.loads(spec.origin)
+    config["architectures"] = [class_name(family, head)]
+    config["tie_word_embeddings"] = spec.tied
+    for part in (config, config["text_config"]) if "text_config" in config else (config,):
+        part |= {"dtype": dtype, "torch_dtype": dtype}
+        part |= both_ropes(part, family)
+        if pad_id is not None and head != "lm":
+            part["pad_token_id"] = pad_id
+    if head != "lm":
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+        config |= {"classifier_dropout": 0.0, "mean": calibration.mean, "std": calibration.std}
+    return config
+
+
+def class_name(family: Family, head: str) -> str:
+    """The class in transformers that the exported files are for."""
+    score = family.score or f"{family.name}ForSequenceClassification"
+    if head == "value" and family.value is not None:
+        return family.value or f"{family.name}ForTokenClassification"
+    return (family.lm or f"{family.name}ForCausalLM") if head == "lm" else score
+
+
+def both_ropes(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The keys of the rope in the spelling that `config` does not have."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return _newer(config)
+    full = dict(parameters.get(FULL, parameters))
+    old: dict[str, Any] = {"rope_theta": full.pop("rope_theta", config.get("rope_theta"))}
+    if SLIDING in parameters:
+        old["rope_local_base_freq"] = parameters[SLIDING].get("rope_theta")
+    partial = full.pop("partial_rotary_factor", None)
+    if partial is not None:
+        old["partial_rotary_factor"] = partial
+    old["rope_scaling"] = full if full.get("rope_type", "default") != "default" else None
+    return old | (family.old_config(config, dict(parameters)) if family.old_config else {})
+
+
+def _newer(config: dict[str, Any]) -> dict[str, Any]:
+    """Version 5's spelling of version 4's keys, where the layers share one rope and the base is given."""
+    theta = config.get("rope_theta") or config.get("rotary_emb_base")
+    if theta is None or config.get("layer_types") or config.get("rope_local_base_freq"):
+        return {}
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    partial = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    extra = {} if partial is None else {"partial_rotary_factor": partial}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta} | extra | scaling}

@@ -1,0 +1,219 @@
+"""Parameters -> a directory that transformers, vLLM and SGLang load. All or nothing, one tensor in memory at a time."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import directory as dirs
+from rlhf_jax.models import safetensors_file as st
+from rlhf_jax.models.export_config import export_config
+from rlhf_jax.models.families import family_of
+from rlhf_jax.models.load import is_foreign
+from rlhf_jax.models.rules import Part, Stored, stored_tensors
+from rlhf_jax.models.spec import Spec
+from rlhf_jax.types import Calibration, Params
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; `data.tokenizer.Tokenizer` is one."""
+
+    bos_id: int | None
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def save(self, directory: Path) -> None: ...
+
+
+def save_checkpoint(
+    path: str | Path,
+    spec: Spec,
+    params: Params,
+    *,
+    head: str = "lm",
+    source: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    storage_dtype: str | None = None,
+    calibration: Calibration | None = None,
+    generation_config: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model directory: written beside its place and renamed, so that it is whole or not there.
+
+    Args:
+        params: whole (adapters merged). Every process calls this; the first one writes.
+        head: "lm", "score" (reward model, `calibration` kept in config.json) or "value" (critic).
+        source: directory that the model came from: generation config, tokenizer files without a `tokenizer`, other towers.
+        storage_dtype: "float32", "float16" or "bfloat16"; default: that of the source, else float32.
+        generation_config: keys that replace those of the source.
+    Raises:
+        UserError: the directory holds something that is not a model.
+    """
+    path = Path(path)
+    _refuse_foreign(path)
+    source = None if source is None else Path(source)
+    dtype = storage_dtype or _origin_dtype(spec)
+    if dtype not in DTYPES:
+        raise UserError(f"storage dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    pad_id = None if tokenizer is None else tokenizer.pad_id
+    config = export_config(spec, head, dtype, pad_id=pad_id, calibration=calibration or Calibration())
+    writer = jax.process_index() == 0
+    temporary = path.with_name(f".{path.name}.partial")
+    if writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
+    if writer:
+        _write_json(temporary / "config.json", config)
+        if head == "lm":
+            _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        elif source is not None:
+            _copy_tokenizer(source, temporary)
+        _replace(temporary, path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {path}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+
+def _write_weights(
+    directory: Path,
+    spec: Spec,
+    params: Params,
+    head: str,
+    dtype: np.dtype,
+    towers: dirs.Tensors | None,
+    shard_bytes: int,
+    writer: bool,
+) -> None:
+    family = family_of(spec.model_type)
+    plan: dict[str, Stored | str] = dict(stored_tensors(spec, family.rules(spec), "lm" if head == "lm" else "none"))
+    shapes = {name: (stored.shape, dtype) for name, stored in plan.items()}
+    if head != "lm":
+        own = family.value_name if head == "value" and family.value is not None else "score"
+        for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
+            if leaf in params["score"]:
+                name, shape = f"{own}.{suffix}", params["score"][leaf].shape[::-1]
+                plan[name] = Stored(shape, (Part(("score", leaf), (), np.transpose),), None)
+                shapes[name] = (shape, dtype)
+    for name in towers.place if towers is not None else ():
+        if is_foreign(name, family):
+            plan[name] = name
+            shapes[name] = (towers.shape(name), st.DTYPES[towers.dtype(name)])
+    files = list(st.shard(dict(sorted(shapes.items())), shard_bytes))
+    names = [dirs.SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    for name, part in zip(names, files, strict=True):
+        tensors = _tensors(part, plan, params, towers)
+        if writer:
+            st.write(directory / name, part, tensors)
+        else:
+            for _ in tensors:  # the gathers inside are collective
+                pass
+    if writer and len(files) > 1:
+        total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())
+        weight_map = {tensor: name for name, part in zip(names, files, strict=True) for tensor in part}
+        _write_json(directory / dirs.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tensors(shapes: dict, plan: dict, params: Params, towers: dirs.Tensors | None) -> Iterator[tuple[str, np.ndarray]]:
+    for name, (shape, dtype) in shapes.items():
+        stored = plan[name]
+        if isinstance(stored, str):
+            yield name, towers.array(stored)
+            towers.release(stored)
+            continue
+        out = np.empty(shape, dtype)
+        for part in stored.parts:
+            leaf = params
+            for key in part.leaf:
+                leaf = leaf[key]
+            view = part.view(out)
+            np.copyto(view, _host(leaf[part.index] if part.index else leaf).reshape(view.shape), casting="unsafe")
+        yield name, out
+
+
+def _host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _towers(spec: Spec, source: Path | None) -> dirs.Tensors | None:
+    """The source's tensors, where some of them (a vision tower) are passed on as they are."""
+    if not family_of(spec.model_type).ignored:
+        return None
+    if source is None:
+        raise UserError(f"a {spec.model_type} model is saved with the other towers of its source; the source directory is gone")
+    return dirs.Tensors(source)
+
+
+# --------------------------------------------------------------------------------------------------- other files
+
+
+def _origin_dtype(spec: Spec) -> str:
+    config = json.loads(spec.origin)
+    text = config.get("text_config") or {}
+    found = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
+    return str(found).removeprefix("torch.")
+
+
+def _generation(source: Path | None, config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """generation_config.json: the source's, with all the tokens that end an answer."""
+    path = None if source is None else source / "generation_config.json"
+    found = dirs.read_json(path) if path is not None and path.is_file() else {}
+    text = config.get("text_config") or config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = {name: text[name] for name in names if text.get(name) is not None} | found
+    if tokenizer is not None:
+        eos = list(tokenizer.eos_ids)
+        found |= {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": tokenizer.pad_id}
+        if tokenizer.bos_id is not None:
+            found["bos_token_id"] = tokenizer.bos_id
+    return found
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files as they are, but for a class name that transformers 4 refuses."""
+    for name in dirs.TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    path = target / "tokenizer_config.json"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise UserError(f"{path}: not empty, and no model that could be replaced; give another directory")
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
