@@ -21,7 +21,7 @@ from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
-from rlhf_jax.types import Calibration, Model, Params
+from rlhf_jax.types import Calibration, Model, Params, join
 
 
 class Loaded(NamedTuple):
@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
     base: Params | None = None  # the frozen tree under an adapter
     calibration: Calibration = Calibration()
     source: Path | None = None  # directory it was read from
+    lora_scale: float = 1.0
 
     @property
     def model(self) -> Model:
@@ -61,10 +62,10 @@ def root_key(run: config.Run, purpose: str) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
-def tokenizer_for(run: config.Run, out: Path | None = None) -> Tokenizer:
+def tokenizer_for(run: config.Run) -> Tokenizer:
     """The tokenizer of a run: its own directory, the model's, the embedded task's, or byte-level BPE trained on the data.
 
-    A trained one is kept in `out`/tokenizer, where a continued run finds it again.
+    The same data gives the same trained one, so a continued run makes it again.
     """
     settings = run.model
     template = None
@@ -80,10 +81,7 @@ def tokenizer_for(run: config.Run, out: Path | None = None) -> Tokenizer:
         return TASKS[run.data.task].tokenizer()
     if settings.scratch is None:
         raise UserError("model: give model.path (a Hugging Face directory) or model.scratch (random weights)")
-    kept = None if out is None else out / "tokenizer"
-    if kept is not None and (kept / "tokenizer.json").is_file():
-        return load_tokenizer(kept, chat_template=template)
-    trained = train_bpe(_texts(run), settings.scratch.vocabulary, kept)
+    trained = train_bpe(_texts(run), settings.scratch.vocabulary)
     return trained if template is None else dataclasses.replace(trained, chat_template=template)
 
 
@@ -110,15 +108,18 @@ def _strings(value: Any) -> Iterable[str]:
 
 def make_model(settings: config.Model, spec: models.Spec, mesh: Mesh) -> Model:
     """The functions of an architecture as a run wants them computed."""
-    adapter = settings.lora
     return models.make_model(
         spec,
         compute_dtype=dtype(settings.compute_dtype),
         remat=settings.remat,
         attention=settings.attention,
         constrain=parallel.make_constrain(mesh),
-        lora_scale=adapter.alpha / adapter.rank if adapter is not None else 1.0,
+        lora_scale=_lora_scale(settings),
     )
+
+
+def _lora_scale(settings: config.Model) -> float:
+    return 1.0 if settings.lora is None else settings.lora.alpha / settings.lora.rank
 
 
 def read_spec(settings: config.Model, path: str | None, real_vocab: int | None) -> models.Spec:
@@ -196,7 +197,7 @@ def load(
     adapter = parallel.compile_step(
         lambda k, p: _cast(_adapter(settings, spec, k, p), dtype(settings.param_dtype)), out=programs.shardings(part.trained)
     )
-    return Loaded(spec, part, adapter(key, params), frozen, calibration, source)
+    return Loaded(spec, part, adapter(key, params), frozen, calibration, source, _lora_scale(settings))
 
 
 def _cast(tree: Params, to: Any) -> Params:
@@ -212,7 +213,7 @@ def export(
     out: Path, loaded: Loaded, params: Params, *, head: str, tokenizer: Tokenizer, calibration: Calibration | None = None
 ) -> None:
     """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config."""
-    merged = params if loaded.base is None else lora.merge(loaded.spec, loaded.base, params)
+    merged = params if loaded.base is None else lora.merge(join(loaded.base, params), loaded.lora_scale)
     models.save_checkpoint(
         out,
         loaded.spec,

@@ -425,3 +425,4 @@ STAGES: dict[str, type[Run]] = {
     "dpo": DPORun,
     "kto": KTORun,
 }
+OFFLINE = ("sft", "reward", "dpo", "kto")  # stages that learn from a fixed data set

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlhf_jax import build, config, hlo, parallel, programs, topologies
+from rlhf_jax import config, hlo, parallel, programs, setups, topologies
 from rlhf_jax.errors import UserError
 
 GIB = 2**30
@@ -61,7 +61,7 @@ def fit(stage: str, run: Any, topology: topologies.Topology, *, only: tuple[str,
       UserError: the mesh does not fit the topology or the model, or there is no compiler for it.
     """
     mesh = parallel.make_mesh(run.mesh, topologies.devices(topology))
-    steps, resident = build.abstract_programs(stage, run, mesh)
+    steps, resident = setups.abstract_programs(stage, run, mesh)
     unknown = set(only) - set(steps)
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: this run has the programs {', '.join(steps)}")

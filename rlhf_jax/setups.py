@@ -24,7 +24,7 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
-from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RunState, Sequences
+from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Preferences, Prompts, RewardFn, RunState, Sequences
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
     mesh = parallel.make_mesh(settings.mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     algorithm = build.algorithm(stage, settings)
-    tokenizer = build.tokenizer_for(settings, Path(settings.out))
+    tokenizer = build.tokenizer_for(settings)
     if settings.batch_size % algorithm.group_size:
         raise UserError(
             f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"
@@ -322,7 +322,7 @@ def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     """Read and check mesh, tokenizer and data."""
     mesh = parallel.make_mesh(settings.mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
-    tokenizer = build.tokenizer_for(settings, Path(settings.out))
+    tokenizer = build.tokenizer_for(settings)
     make: Callable[..., Any] = make_sft_data if stage == "sft" else make_preference_data
     data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     return OfflinePlan(stage, settings, mesh, tokenizer, data)
@@ -353,6 +353,88 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
     )
 
 
-def model_families() -> Any:
-    """Rows for `rlhf-jax models`."""
-    return models.describe_families()
+# ------------------------------------------------------------------------------------------------- without weights
+
+
+def abstract_spec(settings: config.Model, path: str | None) -> models.Spec:
+    """An architecture by directory, by the name of a public model that is known here, or of model.scratch."""
+    if path in models.KNOWN:
+        return models.spec_of(models.KNOWN[path])
+    return build.read_spec(settings, path, None)
+
+
+def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, programs.Program], dict[str, Any]]:
+    """Programs of a run, and by name what stays in memory while it runs; nothing is read but config.json files."""
+    checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
+    path, model = settings.model.path, settings.model
+
+    def part(path: str | None, head: str, *, trained: bool) -> programs.Part:
+        spec = abstract_spec(model, path)
+        build.check_mesh(spec, mesh)
+        return build.abstract_part(model, spec, mesh, head=head, trained=trained)
+
+    if stage in config.OFFLINE:
+        return _abstract_offline(stage, settings, mesh, part(path, HEADS.get(stage, "lm"), trained=True))
+    algorithm = build.algorithm(stage, settings)
+    own_reference = "reference" in algorithm.needs and (model.lora is None or settings.reference is not None)
+    scorer = settings.reward.model
+    parts = programs.Parts(
+        actor=part(path, "lm", trained=True),
+        critic=part(getattr(settings, "critic", None) or scorer or path, "value", trained=True)
+        if "critic" in algorithm.needs
+        else None,
+        reference=part(settings.reference or path, "lm", trained=False) if own_reference else None,
+        reward=part(scorer, "score", trained=False) if scorer is not None else None,
+    )
+    optimizers = online_optimizers(stage, settings)
+    steps = programs.online_programs(
+        stage,
+        settings,
+        algorithm,
+        mesh,
+        parts,
+        prompt_length=settings.data.max_prompt_tokens,
+        stop_ids=(1,),
+        pad_id=0,
+        optimizers=optimizers,
+        ptx_length=None if settings.ptx_data is None else settings.ptx_data.max_tokens,
+    )
+    state, frozen = steps["learn"].args[0], steps["learn"].args[1]
+    resident = {
+        "actor": state.actor,
+        "critic": state.critic,
+        "ema": state.ema,
+        "reference": frozen.reference,
+        "reward": frozen.reward,
+        "base": (frozen.actor, frozen.critic),
+        "decoding copy": steps["rollout"].args[0],
+    }
+    return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}
+
+
+def _abstract_offline(
+    stage: str, settings: Any, mesh: Mesh, part: programs.Part
+) -> tuple[dict[str, programs.Program], dict[str, Any]]:
+    tx = training.make_optimizer(settings.optimizer, settings.steps)
+    state = programs.abstract_offline_state(mesh, tx, part.trained)
+    reference = None
+    if hasattr(settings, "reference") and settings.model.lora is None:
+        reference = build.abstract_part(
+            settings.model,
+            abstract_spec(settings.model, settings.reference or settings.model.path),
+            mesh,
+            head="lm",
+            trained=False,
+        ).trained
+    frozen = Frozen(actor=part.frozen, reference=reference)
+    rows = programs.abstract_sequences(mesh, settings.batch_size, settings.data.max_tokens, packed=settings.data.packing)
+    batch = rows if stage == "sft" else Preferences(chosen=rows, rejected=rows)
+    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), part.model, tx)
+    steps = {
+        "update": programs.Program(
+            update, (state, batch, frozen), (programs.shardings(state), parallel.replicated(mesh)), donate=(0,)
+        ),
+        "evaluate": programs.Program(evaluate, (state.trained.params, frozen, batch), parallel.replicated(mesh)),
+    }
+    resident = {"model": state, "reference": reference, "base": part.frozen}
+    return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}

@@ -1,0 +1,70 @@
+"""A run or one of its checkpoints as a Hugging Face directory."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, setups
+from rlhf_jax.errors import UserError
+from rlhf_jax.leaves import nest
+from rlhf_jax.types import Calibration
+
+RESOLVED = "config.resolved.yaml"
+
+
+def export(source: Path, out: Path, *, part: str = "model") -> Path:
+    """Write the model of a run's newest good checkpoint, or of the checkpoint that `source` is.
+
+    Args:
+      source: directory of a run, or of one checkpoint (`RUN/checkpoints/30`).
+      out: directory to make; it must not exist.
+      part: "model" (what the stage trains), "critic" or "ema" of an online run.
+    Raises:
+      UserError: no such run or checkpoint, a damaged one, or the part is not in it.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; name a directory that does not")
+    run_dir, saved = locate(source)
+    found = integrity.problems(saved)
+    if found:
+        raise UserError(f"{saved} is damaged: {found[0]}; choose an older checkpoint")
+    stage = config_file.stage_of(run_dir / RESOLVED)
+    settings: Any = config_file.load(run_dir / RESOLVED, (), config.STAGES[stage])
+    arrays = nest(checkpoint.read(saved))
+    trees = {
+        "model": lambda: (arrays["actor"] if "actor" in arrays else arrays["trained"])["params"],
+        "critic": lambda: arrays["critic"]["params"],
+        "ema": lambda: arrays["ema"],
+    }
+    try:
+        params = trees[part]()
+    except KeyError as error:
+        raise UserError(f"{saved} holds no {part}; it has: {', '.join(sorted(arrays))}") from error
+    head = "value" if part == "critic" else setups.HEADS.get(stage, "lm")
+    tokenizer = build.tokenizer_for(settings)
+    mesh = parallel.make_mesh(config.Mesh(), jax.local_devices()[:1])
+    path = settings.model.path
+    if part == "critic":
+        path = settings.critic or settings.reward.model or path
+    if settings.model.lora is None:
+        spec = build.read_spec(settings.model, path, tokenizer.vocab_size)
+        loaded = build.Loaded(
+            spec, build.abstract_part(settings.model, spec, mesh, head=head, trained=True), params,
+            source=None if path is None else Path(path),
+        )  # fmt: skip
+    else:
+        key = build.root_key(settings, "model")
+        loaded = build.load(settings.model, mesh, head=head, key=key, real_vocab=tokenizer.vocab_size, path=path)
+    build.export(out, loaded, params, head=head, tokenizer=tokenizer, calibration=Calibration())
+    return out
+
+
+def locate(source: Path) -> tuple[Path, Path]:
+    """A run or a checkpoint -> the run's directory and the checkpoint's."""
+    if (source / integrity.MARKER).is_file():
+        return source.parent.parent, source
+    steps = checkpoint.Checkpoints(source / "checkpoints").steps() if (source / "checkpoints").is_dir() else []
+    if not steps or not (source / RESOLVED).is_file():
+        raise UserError(f"{source}: neither a run with checkpoints nor a checkpoint; name RUN or RUN/checkpoints/STEP")
+    return source, source / "checkpoints" / str(steps[-1])

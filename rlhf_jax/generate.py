@@ -1,0 +1,143 @@
+"""Answers from a model directory: for `rlhf-jax generate`, for the pairs of the quickstart, for evaluation."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import build, config, parallel, sampling, setups
+from rlhf_jax.build import Loaded
+from rlhf_jax.data.formats import Message
+from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Prompts
+
+_ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
+
+
+@dataclass
+class Generator:
+    """A model that answers; compiled samplers are kept by their settings."""
+
+    loaded: Loaded
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    compiled: dict[Any, Any] = field(default_factory=dict)
+
+    def sampler(self, settings: config.Sampling) -> Any:
+        """(decoding params, prompts, key) -> Rollout."""
+        if settings not in self.compiled:
+            stops = setups.stop_ids(settings, self.tokenizer)
+            sample = sampling.make_sampler(self.loaded.model, settings, stop_ids=stops, pad_id=self.tokenizer.pad_id)
+            self.compiled[settings] = parallel.compile_step(sample, out=parallel.batch_sharding(self.mesh))
+        return self.compiled[settings]
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    ids: list[int]  # end-of-sequence included
+    finished: bool
+    logprob: float  # nats, of the whole answer
+
+
+def open_model(
+    path: str | Path, settings: config.Model | None = None, *, mesh: config.Mesh | None = None, chat_template: str | None = None
+) -> Generator:
+    """Load a language model and its tokenizer; UserError where the directory is not one."""
+    where = parallel.make_mesh(mesh or config.Mesh())
+    tokenizer = load_tokenizer(path, chat_template=chat_template)
+    settings = settings or config.Model(path=str(path))
+    loaded = build.load(
+        settings, where, head="lm", key=jax.random.key(0), real_vocab=tokenizer.vocab_size, path=str(path), trained=False
+    )
+    sync = parallel.compile_step(loaded.model.for_decoding, out=decoding_shardings(loaded, where))
+    return Generator(loaded._replace(params=sync(loaded.params)), tokenizer, where)
+
+
+def decoding_shardings(loaded: Loaded, mesh: jax.sharding.Mesh) -> Any:
+    shapes = jax.eval_shape(loaded.model.for_decoding, loaded.part.trained)
+    return parallel.param_shardings(mesh, loaded.model.axes(shapes), shapes, gather=("fsdp",))
+
+
+def answer(
+    generator: Generator, prompts: Sequence[Sequence[int]], settings: config.Sampling, *, seed: int = 0, batch_size: int = 16
+) -> Iterator[Answer]:
+    """Answer token sequences in order. Equal prompts get different answers: an answer depends on (seed, place) alone."""
+    key = jax.random.key(seed)
+    longest = max((len(ids) for ids in prompts), default=1)
+    width = -(-max(longest, 1) // _ROUND) * _ROUND
+    sample = generator.sampler(settings)
+    for first in range(0, len(prompts), batch_size):
+        rows = list(prompts[first : first + batch_size])
+        batch = left_padded(rows, width, batch_size, generator.tokenizer.pad_id, first)
+        rollout = sample(generator.loaded.params, parallel.place(batch, parallel.batch_sharding(generator.mesh)), key)
+        tokens, chosen, finished, logprobs = parallel.fetch(
+            (rollout.tokens, rollout.action_mask, rollout.finished, rollout.logprobs)
+        )
+        for row in range(len(rows)):
+            ids = tokens[row, width:][chosen[row]].tolist()
+            text = generator.tokenizer.decode(ids)
+            yield Answer(text, ids, bool(finished[row]), float(logprobs[row].sum()))
+
+
+def left_padded(rows: Sequence[Sequence[int]], width: int, batch_size: int, pad_id: int, first: int) -> Prompts:
+    """Token lists as a batch of `batch_size` prompts numbered from `first`; missing rows are empty."""
+    tokens = np.full((batch_size, width), pad_id, np.int32)
+    mask = np.zeros((batch_size, width), bool)
+    for row, ids in enumerate(rows):
+        if ids:
+            tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+    return Prompts(tokens=tokens, mask=mask, index=np.arange(first, first + batch_size, dtype=np.int32))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
+    """A prompt as the model was trained to see it: text with its start tokens, messages by the chat template."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, start=True)
+    return tokenizer.apply_chat(prompt, add_generation_prompt=True)[0]
+
+
+def generate(
+    model_dir: Path,
+    prompts: Path,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    seed: int,
+) -> Iterator[str]:
+    """Answers to a file of prompts as JSON lines {"prompt", "response", "finished", "logprob_nats"}."""
+    questions = read_prompts(prompts)
+    generator = open_model(model_dir)
+    settings = config.Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    ids = [encode_prompt(generator.tokenizer, question) for question in questions]
+    for question, found in zip(questions, answer(generator, ids, settings, seed=seed, batch_size=batch_size), strict=True):
+        row = {"prompt": question, "response": found.text, "finished": found.finished, "logprob_nats": round(found.logprob, 4)}
+        yield json.dumps(row, ensure_ascii=False)
+
+
+def read_prompts(path: Path) -> list[str | list[Message]]:
+    """Prompts of a text file (one a line) or of a data file with a column `prompt` or `messages`."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file; give a text file with one prompt a line, or a jsonl file")
+    if path.suffix == ".txt":
+        found: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        source = open_source(str(path))
+        found = []
+        for number in range(len(source)):
+            row = source.row(number)
+            value = row.get("prompt", row.get("messages"))
+            if value is None:
+                raise UserError(f"{source.where(number)}: columns {', '.join(row)}: a prompt or messages column is needed")
+            found.append(value)
+    if not found:
+        raise UserError(f"--prompts {path}: no prompts in it")
+    return found

@@ -1,0 +1,188 @@
+"""RLHF in miniature, in minutes, with nothing downloaded: fine-tuning, a reward model from pairs, PPO against it, a report.
+
+The set-up of Gao, Schulman and Hilton 2022 (arXiv:2210.10760): a gold reward function, which training never sees, labels pairs
+of sampled answers; a reward model learns from the labels; PPO optimises the reward model; gold is only logged. A weak reward
+model is hacked before one's eyes (`--demo overoptimization`).
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax import config, generate, metrics, offline, online, report
+from rlhf_jax.data.tasks import reviews
+
+MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
+RESPONSE = 24  # tokens
+
+
+def run(*, out: Path, demo: str | None, task: str, seed: int) -> Path:
+    """Run all stages below `out`; what is finished is not run again. Prints three numbers and the next command."""
+    out.mkdir(parents=True, exist_ok=True)
+    if task == "addition":
+        stages = run_addition(out, seed)
+    elif demo == "overoptimization":
+        stages = run_overoptimization(out, seed)
+    else:
+        stages = run_reviews(out, seed)
+    collect(out, stages)
+    metrics.write_line(summary(out, stages[-1]))
+    return out
+
+
+def run_reviews(out: Path, seed: int) -> list[Path]:
+    """Fine-tune, sample and label pairs, train a reward model, PPO."""
+    tuned = fine_tune(out, "reviews", seed)
+    scorer = train_scorer(out / "reward", tuned, out / "pairs.jsonl", 512, seed)
+    return [out / "sft", out / "reward", train_policy(out / "ppo", tuned, scorer, seed)]
+
+
+def run_overoptimization(out: Path, seed: int) -> list[Path]:
+    """The same policy against a reward model from 96 pairs and one from 2,048, without a KL penalty."""
+    tuned = fine_tune(out, "reviews", seed)
+    stages = [out / "sft"]
+    for name, pairs in (("strong", 2048), ("weak", 96)):
+        scorer = train_scorer(out / f"reward-{name}", tuned, out / f"pairs-{name}.jsonl", pairs, seed)
+        stages += [
+            out / f"reward-{name}",
+            train_policy(out / f"ppo-{name}", tuned, scorer, seed, kl_coef=0.0, rate=6e-4, steps=60),
+        ]
+    return stages
+
+
+def run_addition(out: Path, seed: int) -> list[Path]:
+    """Fine-tune on sums of which half are wrong, then PPO on a reward that is checked."""
+    tuned = fine_tune(out, "addition", seed)
+    data = config.Data(task="addition", max_prompt_tokens=8)
+    settings = policy_settings(out / "ppo", tuned, seed, data=data, response=5, steps=40)
+    return [out / "sft", online.run("ppo", settings)]
+
+
+def fine_tune(out: Path, task: Any, seed: int) -> Path:
+    settings = config.SFTRun(
+        out=str(out / "sft"),
+        seed=seed,
+        steps=220,
+        model=config.Model(scratch=MODEL),
+        data=config.Data(task=task, max_tokens=40, eval_fraction=0.03),
+        optimizer=config.Optimizer(learning_rate=3e-3, beta2=0.99, eps=1e-8, warmup_steps=10),
+        save=config.Save(every=0),
+        log=config.Log(eval_every=110),
+    )
+    return offline.run("sft", settings) / "final"
+
+
+def train_scorer(out: Path, tuned: Path, pairs: Path, count: int, seed: int) -> Path:
+    """A reward model from `count` training pairs (and 256 more that only measure it)."""
+    held_out = 256
+    if not pairs.is_file():
+        write_pairs(pairs, tuned, count + held_out, seed)
+    settings = config.RewardRun(
+        out=str(out),
+        seed=seed,
+        steps=150,
+        model=config.Model(path=str(tuned)),
+        data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=held_out / (count + held_out)),
+        optimizer=config.Optimizer(learning_rate=1e-3, beta2=0.99, eps=1e-8, warmup_steps=10),
+        reward_model=config.RewardModelLoss(centering_coef=0.01),
+        save=config.Save(every=0),
+        log=config.Log(eval_every=50),
+    )
+    return offline.run("reward", settings) / "final"
+
+
+def write_pairs(path: Path, tuned: Path, count: int, seed: int) -> None:
+    """Two answers of the fine-tuned model to each prompt, ordered by a noisy annotator who knows the gold reward."""
+    prompts = [row["prompt"] for row in reviews.prompts(seed + 1, count)]
+    model = generate.open_model(tuned)
+    ids = [model.tokenizer.encode(prompt, start=True) for prompt in prompts]
+    settings = config.Sampling(max_new_tokens=RESPONSE)
+    answers = list(generate.answer(model, [*ids, *ids], settings, seed=seed, batch_size=256))
+    first, second = answers[:count], answers[count:]
+    gold = [reviews.gold(prompts, [a.text for a in side], [a.finished for a in side]) for side in (first, second)]
+    wins = reviews.label_pairs(*gold, np.random.default_rng((seed, 5)))
+    rows = []
+    for prompt, a, b, better in zip(prompts, first, second, wins, strict=True):
+        chosen, rejected = (a, b) if better else (b, a)
+        row = {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text}
+        rows.append(row | {"chosen_finished": chosen.finished, "rejected_finished": rejected.finished})
+    metrics.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def policy_settings(
+    out: Path,
+    tuned: Path,
+    seed: int,
+    *,
+    data: config.Data,
+    response: int,
+    steps: int,
+    kl_coef: float = 0.02,
+    rate: float = 3e-4,
+    scorer: Path | None = None,
+) -> config.PPORun:
+    optimizer = config.Optimizer(learning_rate=rate, schedule="constant", beta2=0.99, eps=1e-8)
+    return config.PPORun(
+        out=str(out),
+        seed=seed,
+        steps=steps,
+        batch_size=128,
+        model=config.Model(path=str(tuned)),
+        data=data,
+        reward=config.Reward(model=None if scorer is None else str(scorer)),
+        sampling=config.Sampling(max_new_tokens=response),
+        ppo=config.PPO(epochs=4, minibatches=2, kl_coef=kl_coef),
+        actor_optimizer=optimizer,
+        critic_optimizer=dataclasses.replace(optimizer, learning_rate=1e-3),
+        save=config.Save(every=0),
+        log=config.Log(eval_every=10),
+    )
+
+
+def train_policy(
+    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.02, rate: float = 3e-4, steps: int = 30
+) -> Path:
+    data = config.Data(task="reviews", max_prompt_tokens=8)
+    settings = policy_settings(
+        out, tuned, seed, data=data, response=RESPONSE, steps=steps, kl_coef=kl_coef, rate=rate, scorer=scorer
+    )
+    return online.run("ppo", settings)
+
+
+def collect(out: Path, stages: list[Path]) -> None:
+    """The files of all stages side by side: metrics.jsonl, samples.jsonl, the last model, one report."""
+    for name in (metrics.METRICS, metrics.SAMPLES):
+        rows = [line for stage in stages if (stage / name).is_file() for line in (stage / name).read_text().splitlines()]
+        metrics.write_atomic(out / name, "".join(line + "\n" for line in rows))
+    if (out / "final").exists():
+        shutil.rmtree(out / "final")
+    shutil.copytree(stages[-1] / "final", out / "final")
+    report.write_report(stages, out / "report.html")
+
+
+def summary(out: Path, policy: Path) -> str:
+    """Three numbers, and what to try next."""
+    rows = [row for row in metrics.read_rows(policy / metrics.METRICS) if "eval/score" in row]
+    first, last = rows[0], rows[-1]
+    kl = last["eval/kl_per_sequence_nats"]
+    if "eval/gold" in first:
+        gain = f"gold reward   {first['eval/gold']:6.2f} -> {last['eval/gold']:.2f}   (never seen in training)"
+        proxy = f"proxy reward  {first['eval/score']:6.2f} -> {last['eval/score']:.2f}   (what PPO maximised)"
+    else:
+        gain = f"right answers {first['eval/score']:6.0%} -> {last['eval/score']:.0%}"
+        proxy = f"answers ended {first['eval/eos_rate']:6.0%} -> {last['eval/eos_rate']:.0%}"
+    return "\n".join(
+        [
+            "",
+            gain,
+            proxy,
+            f"KL to the fine-tuned model {kl:.1f} nats per answer",
+            f"report  {out / 'report.html'}",
+            f"model   {out / 'final'}",
+            f"next    rlhf-jax quickstart --demo overoptimization --out {out.with_name(out.name + '-hacked')}",
+        ]
+    )
