@@ -8,7 +8,7 @@ A batch is a function of (seed, step); nothing else is random. The metrics of st
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +31,14 @@ class Pending(NamedTuple):
     began: float
 
 
-def run(stage: str, settings: Any, *, from_scratch: bool = False) -> Path:
+def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Collection[str] = ()) -> Path:
     """Train, evaluate, export; the same call again continues an interrupted run.
 
     Args:
       stage: "sft", "reward" or another key of `algorithms.OFFLINE`.
       settings: the run file.
       from_scratch: set an earlier run in the same directory aside instead of continuing it.
+      override: keys that may differ from the earlier run that is continued.
     Returns: the run's directory. Raises `UserError` for what a user can mend; what was saved stays.
     """
     plan = setups.plan_offline(stage, settings)
@@ -48,7 +49,10 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False) -> Path:
         checkpoints.require_space(made[0].abstract)
         return checkpoints.restore(made[0].abstract)
 
-    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, restore=restore) as (session, restored):
+    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore) as (
+        session,
+        restored,
+    ):
         if session.directory.completed_step is not None:
             session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
             return Path(settings.out)

@@ -11,7 +11,7 @@ Dispatch is asynchronous: the metrics of step n - 1 are read while the device co
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +42,14 @@ class Pending(NamedTuple):
     began: float
 
 
-def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False) -> Path:
+def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, override: Collection[str] = ()) -> Path:
     """Train, evaluate, export; the same call again continues an interrupted run.
 
     Args:
       stage: "ppo" or another key of `algorithms.ALGORITHMS`.
       settings: the run file.
       from_scratch: set an earlier run in the same directory aside instead of continuing it.
+      override: keys that may differ from the earlier run that is continued.
     Returns: the run's directory. Raises `UserError` for what a user can mend; what was saved stays.
     """
     plan = setups.plan_online(stage, settings)
@@ -59,7 +60,10 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False) -
         checkpoints.require_space(made[0].abstract)
         return checkpoints.restore(made[0].abstract)
 
-    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, restore=restore) as (session, restored):
+    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore) as (
+        session,
+        restored,
+    ):
         if session.directory.completed_step is not None:
             session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
             return Path(settings.out)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def open_session(
     fingerprints: Mapping[str, str],
     *,
     from_scratch: bool,
+    override: Collection[str] = (),
     restore: Callable[[Checkpoints], Restored | None],
 ) -> Iterator[tuple[Session, Restored | None]]:
     """Lock the directory, restore the newest good checkpoint, cut the logs back to it.
@@ -101,7 +102,12 @@ def open_session(
         interrupts = stack.enter_context(Interrupts())
         with interrupts.nothing_to_lose():
             opened = open_run(
-                out, config_table.dump(settings), fingerprints, from_scratch=from_scratch, devices=jax.device_count()
+                out,
+                config_table.dump(settings),
+                fingerprints,
+                from_scratch=from_scratch,
+                override=override,
+                devices=jax.device_count(),
             )
             directory = stack.enter_context(opened)
             keep = settings.save
