@@ -10,7 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import ops
+from rlhf_jax import config, ops
+from rlhf_jax.algorithms.training import require
+from rlhf_jax.types import Rollout, Scored
 
 
 def gather_log_probs(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -129,42 +131,56 @@ def critic_loss_fn(
 
 
 def classical_advantages(
+    rollout: Rollout,
     scores: jax.Array,
-    logprobs: jax.Array,
-    ref_logprobs: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
+    scored: Scored,
     *,
     kl_ctl: float | jax.Array,
-    clip_reward_value: float,
+    clip: float | None,
     gamma: float,
     lam: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """train_rlhf up to the losses, for response arrays: rewards, advantages, returns and old values, all f32[B, R].
+    """train_rlhf up to the losses: rewards, advantages, returns and old values of the response, f32[B, R].
 
-    The slot after a finished row's last action is read too (quirk of `response_ends`): log-probabilities and value there must
-    be those of the models, not zeros, for parity with the original.
+    The slot after a finished row's last action counts too (quirk of `response_ends`): its value is `scored.bootstrap`, where
+    given, and its KL, that of emitting padding, is what `scored` has there (0 from `scoring.make_scorer`, which masks it).
 
-    Args: scores f32[B]; logprobs, ref_logprobs, values f32[B, R]; mask bool[B, P + R], attention mask of the whole sequence.
+    Args: scores f32[B], finite, reward units; clip None is the original's 5.
     """
-    chex.assert_equal_shape([logprobs, ref_logprobs, values])
-    prompt_length = mask.shape[1] - logprobs.shape[1]
-    start = prompt_length - 1
+    ref_logprobs, values = require(scored.ref_logprobs, "Scored.ref_logprobs"), require(scored.values, "Scored.values")
+    chex.assert_equal_shape([scored.logprobs, ref_logprobs, values])
+    prompt_length = rollout.mask.shape[1] - values.shape[1]
+    start, action_mask = prompt_length - 1, rollout.mask[:, 1:]
+    if scored.bootstrap is not None:
+        after = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1) == jnp.sum(action_mask[:, start:], 1)[:, None]
+        values = jnp.where(after, scored.bootstrap[:, None], values)
 
     def full(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (start, 0)))
 
-    action_mask = mask[:, 1:]
     rewards = compute_rewards(
         prompt_length,
-        full(logprobs),
+        full(scored.logprobs),
         full(ref_logprobs),
         scores,
         action_mask,
         kl_ctl=kl_ctl,
-        clip_reward_value=clip_reward_value,
+        clip_reward_value=5.0 if clip is None else clip,
     )
     rewards = zero_after_end(prompt_length, action_mask, rewards)
     old_values = zero_after_end(prompt_length, action_mask, full(values))
     advantages, returns = get_advantages_and_returns(old_values, rewards, start, gamma=gamma, lam=lam)
     return rewards[:, start:], advantages, returns, old_values[:, start:]
+
+
+def check(settings: config.PPO) -> None:
+    """ValueError for settings that the classical functions do not have, so that none is ignored without a word.
+
+    Advantages are never whitened in this mode, whatever `whiten_advantages` says, because the original has no such step.
+    """
+    plain = config.PPO()
+    names = ["dual_clip", "kl_in", "kl_estimator", "missing_eos", "bootstrap_truncated", "whiten_rewards", "entropy_coef"]
+    changed = [name for name in [*names, "aggregation"] if getattr(settings, name) != getattr(plain, name)]
+    changed += ["clip_low"] if settings.clip_low != settings.clip_high else []
+    if changed:
+        raise ValueError(f"ppo.compat {settings.compat!r} has no {', '.join(changed)}: remove the key, or compat")

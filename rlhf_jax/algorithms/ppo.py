@@ -211,16 +211,9 @@ def make_experience(
     mask = rollout.action_mask & usable[:, None]
     known = jnp.where(usable, scores.astype(jnp.float32), 0.0)
     if settings.compat == "deepspeed_chat":
+        options = {"clip": settings.reward_clip, "gamma": settings.gamma, "lam": settings.lam}
         rewards, advantages, returns, values = deepspeed_chat.classical_advantages(
-            known,
-            scored.logprobs,
-            ref_logprobs,
-            values,
-            rollout.mask,
-            kl_ctl=kl_coef,
-            clip_reward_value=5.0 if settings.reward_clip is None else settings.reward_clip,
-            gamma=settings.gamma,
-            lam=settings.lam,
+            rollout, known, scored, kl_ctl=kl_coef, **options
         )
     else:
         rewards, advantages, returns = _advantages(settings, known, rollout, mask, scored, kl_coef)
@@ -411,20 +404,7 @@ def make_update(
 def build(settings: config.PPO) -> Algorithm:
     """PPO with these settings."""
     if settings.compat != "none":
-        names = (
-            "dual_clip",
-            "kl_in",
-            "kl_estimator",
-            "missing_eos",
-            "bootstrap_truncated",
-            "whiten_rewards",
-            "entropy_coef",
-            "aggregation",
-        )
-        changed = [name for name in names if getattr(settings, name) != getattr(config.PPO(), name)]
-        changed += ["clip_low"] if settings.clip_low != settings.clip_high else []
-        if changed:
-            raise ValueError(f"ppo.compat {settings.compat!r} has no {', '.join(changed)}: remove the key, or compat")
+        deepspeed_chat.check(settings)
     return Algorithm(
         make_experience=functools.partial(make_experience, settings),
         make_update=functools.partial(make_update, settings),
