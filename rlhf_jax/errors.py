@@ -1,5 +1,13 @@
-"""What a user can get wrong. The command line prints the message alone and exits with status 2."""
+"""What ends a run without a traceback: the command line prints the message alone and exits with the status given here."""
+
+EXIT_USER_ERROR = 2
+EXIT_STALLED = 75  # EX_TEMPFAIL: a launcher may start the same command again
+EXIT_STOPPED = 143  # 128 + SIGTERM: what batch systems expect of a job that they asked to leave
 
 
 class UserError(ValueError):
     """One message: file, line or key; the value; the rule; the remedy."""
+
+
+class Stopped(Exception):
+    """The run was asked to leave, and everything is saved."""

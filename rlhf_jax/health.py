@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.config import Health
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import EXIT_STALLED, UserError
 from rlhf_jax.leaves import named_leaves
 
 _LOG = logging.getLogger(__name__)
-EXIT_STALLED = 75  # EX_TEMPFAIL: a launcher may start the same command again
 
 # name -> what it means and what to try; the order is that of RunState.alarms
 ALARMS = {

@@ -93,7 +93,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             decoding = do["sync"](state.actor.params, frozen.actor)
             rollout = do["rollout"](decoding, prompts, key)
             greedy = do["greedy"](decoding, prompts, key) if "greedy" in do else None
-        with recorder.phase("reward"), stop_saved(session, step, state):
+        with recorder.phase("reward"), stop_saved(setup, session, state, pending):
             scores = reward(setup, rollout)
             baseline = None if greedy is None else reward(setup, greedy).total
         with recorder.phase("score"), health.phase("score", setup.components):
@@ -113,11 +113,14 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
 
 
 @contextlib.contextmanager
-def stop_saved(session: Session, step: int, state: RunState) -> Iterator[None]:
+def stop_saved(setup: OnlineSetup, session: Session, state: RunState, pending: Pending | None) -> Iterator[None]:
     """A reward from outside that fails is never a reward of 0: the run stops with everything it has learnt saved."""
     try:
         yield
     except RewardError as error:
+        if pending is not None:
+            finish(setup, session, pending)
+        step = int(state.step)
         session.directory.sync()
         session.checkpoints.save(step, state, {"step": step})
         session.checkpoints.wait()

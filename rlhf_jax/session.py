@@ -47,6 +47,7 @@ class Session:
           dump: the batch of the step, for when the run is stopped.
         """
         found = dict(found)
+        self.interrupts.unsaved = True
         alarms, bad = parallel.fetch((found.pop("health/alarms", None), found.pop("health/bad_steps", 0)))
         host: dict[str, Any] = found
         if self.settings.log.every and (step % self.settings.log.every == 0 or step == self.settings.steps):
@@ -100,24 +101,23 @@ def open_session(
     out = Path(settings.out)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
-        with interrupts.nothing_to_lose():
-            opened = open_run(
-                out,
-                config_table.dump(settings),
-                fingerprints,
-                from_scratch=from_scratch,
-                override=override,
-                devices=jax.device_count(),
-            )
-            directory = stack.enter_context(opened)
-            keep = settings.save
-            checkpoints = stack.enter_context(
-                Checkpoints(directory.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
-            )
-            restored = None
-            if directory.completed_step is None:
-                with health.phase("load"):
-                    restored = restore(checkpoints)
+        opened = open_run(
+            out,
+            config_table.dump(settings),
+            fingerprints,
+            from_scratch=from_scratch,
+            override=override,
+            devices=jax.device_count(),
+        )
+        directory = stack.enter_context(opened)
+        keep = settings.save
+        checkpoints = stack.enter_context(
+            Checkpoints(directory.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        )
+        restored = None
+        if directory.completed_step is None:
+            with health.phase("load"):
+                restored = restore(checkpoints)
         recorder = metrics.Recorder(
             out,
             stage,

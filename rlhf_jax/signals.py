@@ -5,25 +5,22 @@ grace period. So the C handler writes the signal's number into a pipe, and a thr
 does. With several processes the loop's `poll` is where all of them agree on the step.
 """
 
-import contextlib
 import logging
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from rlhf_jax import processes
+from rlhf_jax.errors import EXIT_STOPPED, Stopped
 
 _LOG = logging.getLogger(__name__)
-EXIT_STOPPED = 143  # 128 + SIGTERM, the status that batch systems expect of a job that they asked to leave
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Stopped(Exception):
-    """The run was asked to leave and everything is saved; the command line prints the message and exits with EXIT_STOPPED."""
 
 
 class Interrupts:
@@ -33,12 +30,13 @@ class Interrupts:
         self._say, self._command = say, command or resume_command()
         self._asked = threading.Event()
         self._lock = threading.Lock()
-        self._nothing_to_lose = False
+        self._unsaved = False
 
     def __enter__(self) -> "Interrupts":
         self._reader, self._pen = os.pipe()
         os.set_blocking(self._pen, False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in _ASKING}
+        asking = [number for number in _ASKING if number != signal.SIGINT or not hasattr(sys, "ps1")]  # not in a notebook
+        self._before = {number: signal.signal(number, lambda *_: None) for number in asking}
         self._wakeup_before = signal.set_wakeup_fd(self._pen, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -62,18 +60,16 @@ class Interrupts:
         """True on every process once any was asked to stop. Call it at the same point of the loop on all of them."""
         return processes.any_process(self.asked)
 
-    @contextlib.contextmanager
-    def nothing_to_lose(self) -> Iterator[None]:
-        """Inside, the first request ends the process at once: while compiling or loading, before there is anything to save."""
+    @property
+    def unsaved(self) -> bool:
+        """A finished step is not on the disk yet. Until the loop sets this, the first request ends the process at once:
+        while it loads, compiles and makes its first step there is nothing to save."""
+        return self._unsaved
+
+    @unsaved.setter
+    def unsaved(self, value: bool) -> None:
         with self._lock:
-            self._nothing_to_lose = True
-            if self.asked:
-                self._leave("nothing new to save")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._nothing_to_lose = False
+            self._unsaved = value
 
     def stopped(self, step: int) -> Stopped:
         """The exception to raise once step `step` is saved."""
@@ -88,7 +84,8 @@ class Interrupts:
                 if self.asked:
                     self._leave(f"{name} again: leaving at once; the newest finished checkpoint is intact")
                 self._asked.set()
-                if self._nothing_to_lose:
+                alone = not jax.distributed.is_initialized()  # several leave together, at a step
+                if alone and not self._unsaved:
                     self._leave(f"{name}: nothing new to save")
             self._say(f"{name}: finishing this step, then saving; once more to leave at once")
 
