@@ -138,7 +138,7 @@ def apply_gradients(
     `wanted` False leaves the state alone as well, without counting as skipped. Decided inside jit.
     Metrics: update/grad_norm (before clipping), update/skipped (0 or 1).
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.logical_and(finite, jnp.isfinite(norm))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     stepped = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
