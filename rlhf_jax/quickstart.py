@@ -20,8 +20,8 @@ MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, m
 RESPONSE = 24  # tokens
 
 
-def run(*, out: Path, demo: str | None, task: str, seed: int) -> Path:
-    """Run all stages below `out`; what is finished is not run again. Prints three numbers and the next command."""
+def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
+    """Run all stages below `out`; what is finished is not run again. Returns three numbers and the next command."""
     out.mkdir(parents=True, exist_ok=True)
     if task == "addition":
         stages = run_addition(out, seed)
@@ -30,8 +30,7 @@ def run(*, out: Path, demo: str | None, task: str, seed: int) -> Path:
     else:
         stages = run_reviews(out, seed)
     collect(out, stages)
-    metrics.write_line(summary(out, stages[-1]))
-    return out
+    return summary(out, stages[-1])
 
 
 def run_reviews(out: Path, seed: int) -> list[Path]:
