@@ -92,12 +92,24 @@ def quickstart(
 
 def _training_command(stage: str, summary: str) -> None:
     @app.command(name=stage, help=summary)
-    def train(config: Config, overrides: Overrides = None) -> None:
+    def train(
+        config: Config,
+        overrides: Overrides = None,
+        from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Set an earlier run in the same place aside.")] = False,
+        resume_override: Annotated[
+            str, typer.Option(metavar="KEY,...", help="Keys that may differ from the earlier start.")
+        ] = "",
+    ) -> None:
         run = _load(config, overrides, stage)
-        if stage in ("sft", "reward", "dpo", "kto"):
-            getattr(_start("offline"), f"run_{stage}")(run)
-        else:
-            _start("online").run(run)
+        from rlhf_jax.config import OFFLINE
+
+        _start("parallel").start_processes()
+        room, signals = _start("offline" if stage in OFFLINE else "online"), _start("signals")
+        try:
+            room.run(stage, run, from_scratch=from_scratch, override=[key for key in resume_override.split(",") if key])
+        except signals.Stopped as stopped:
+            typer.echo(f"{stopped}", err=True)
+            raise typer.Exit(signals.EXIT_STOPPED) from None
 
 
 for _stage, _summary in TRAINING.items():
@@ -112,7 +124,7 @@ def data(config: Config, overrides: Overrides = None, stage: StageOption = None)
     """
     stage = stage or _stage_of(config)
     run = _load(config, overrides, stage)
-    typer.echo(_start("data.preview").preview(stage, run))
+    typer.echo(_start("data.validate").validate(run).text)
 
 
 @app.command()
@@ -163,28 +175,36 @@ def generate(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Directory of a run, or of one checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make, in Hugging Face layout.")],
+    part: Annotated[str, typer.Option(help="model, or critic or ema of an online run.")] = "model",
 ) -> None:
     """Write a run's model in Hugging Face layout."""
-    _start("export").export(source, out)
-    typer.echo(f"{out}")
+    typer.echo(f"{_start('export').export(source, out, part=part)}")
 
 
 @app.command()
 def models() -> None:
     """Model families that can be loaded, and what each covers."""
-    typer.echo(_start("models.hf").describe_families())
+    for name, family in _start("models.families").FAMILIES.items():
+        typer.echo(f"{name:14} {family.loads}")
 
 
 @app.command()
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")]) -> None:
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run, or here for several.")] = None,
+) -> None:
     """Write report.html of a run again, or compare several."""
-    typer.echo(f"{_start('report').write_report(*runs)}")
+    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    typer.echo(f"{_start('report').write_report(runs, out or default)}")
 
 
 @app.command()
 def runs(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a run, or of several.")]) -> None:
-    """List, verify and describe checkpoints."""
-    typer.echo(_start("checkpoint").describe(directory))
+    """List, verify and describe checkpoints; exit status 1 if one is damaged."""
+    text, good = _start("runs").describe(directory)
+    typer.echo(text)
+    if not good:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_jax import cli, config, config_table, environment
+from rlhf_jax import cli, config, config_table, environment, integrity, signals
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -77,15 +78,27 @@ def test_every_stage_has_a_command():
 @pytest.mark.parametrize("stage", config.STAGES)
 def test_training_commands_start_the_loop_with_the_configuration(stage, run, monkeypatch, tmp_path):
     started = []
-    fake(monkeypatch, "online", run=started.append)
-    fake(monkeypatch, "offline", **{f"run_{name}": started.append for name in ("sft", "reward", "dpo", "kto")})
-    path = tmp_path / "run.yaml"
     online = issubclass(config.STAGES[stage], config.OnlineRun)
+    fake(monkeypatch, "online" if online else "offline", run=lambda *args, **kwargs: started.append((args, kwargs)))
+    path = tmp_path / "run.yaml"
     path.write_text(RUN + ("reward: {model: r}\n" if online else ""))
     assert run(stage, path, "seed=3") == (0, "", "")
-    (configuration,) = started
-    assert type(configuration) is config.STAGES[stage]
-    assert (configuration.seed, configuration.model.path) == (3, "m")
+    assert run(stage, path, "--from-scratch", "--resume-override", "seed,model.path")[0] == 0
+    (plain, plain_options), (_, options) = started
+    assert plain[0] == stage
+    assert type(plain[1]) is config.STAGES[stage]
+    assert (plain[1].seed, plain[1].model.path) == (3, "m")
+    assert plain_options == {"from_scratch": False, "override": []}
+    assert options == {"from_scratch": True, "override": ["seed", "model.path"]}
+
+
+def test_a_run_that_was_asked_to_stop_says_how_to_go_on(run, monkeypatch, tmp_path):
+    def stop(*args, **kwargs):
+        raise signals.Stopped("saved at step 3; go on with: rlhf-jax sft run.yaml")
+
+    fake(monkeypatch, "offline", run=stop)
+    (tmp_path / "run.yaml").write_text(RUN)
+    assert run("sft", tmp_path / "run.yaml") == (143, "", "saved at step 3; go on with: rlhf-jax sft run.yaml\n")
 
 
 def test_quickstart_passes_its_options(run, monkeypatch):
@@ -104,20 +117,20 @@ def test_quickstart_passes_its_options(run, monkeypatch):
 
 
 def test_mistake_while_running_is_one_message_and_status_2(run, monkeypatch, tmp_path):
-    def fail(configuration):
+    def fail(*args, **kwargs):
         raise UserError("data.jsonl:7: no column prompt")
 
-    fake(monkeypatch, "offline", run_sft=fail)
+    fake(monkeypatch, "offline", run=fail)
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     assert run("sft", path) == (2, "", "rlhf-jax: data.jsonl:7: no column prompt\n")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def fail(configuration):
+    def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    fake(monkeypatch, "offline", run_sft=fail)
+    fake(monkeypatch, "offline", run=fail)
     (tmp_path / "run.yaml").write_text(RUN)
     monkeypatch.setattr(sys, "argv", ["rlhf-jax", "sft", str(tmp_path / "run.yaml")])
     with pytest.raises(ZeroDivisionError):
@@ -160,6 +173,47 @@ def test_fit_says_by_its_status_whether_it_fits(run, monkeypatch, tmp_path):
     verdict.fits = True
     assert run("fit", path, "--topology", "v5e-8", "--json") == (0, "{}\n", "")
     assert run("fit", path, "--topology", "abacus")[0] == 2
+
+
+def test_models_data_and_report(run, monkeypatch, tmp_path):
+    families = run("models")[1]
+    assert re.search(r"^llama +\S", families, re.MULTILINE)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{scratch: {{vocabulary: 300}}}}\ndata: {{path: {tmp_path}/rows.jsonl}}\nbatch_size: 4\n"
+    )
+    assert "40 rows" in run("data", tmp_path / "run.yaml")[1]
+    calls = []
+    fake(monkeypatch, "report", write_report=lambda runs, out: calls.append((runs, out)) or out)
+    assert run("report", "a")[1] == "a/report.html\n"
+    assert run("report", "a", "b")[1] == "report.html\n"
+    assert run("report", "a", "b", "--out", "c.html")[1] == "c.html\n"
+    assert calls[2] == ([Path("a"), Path("b")], Path("c.html"))
+
+
+def test_runs_lists_and_verifies(run, tmp_path):
+    for name, done in (("one", 20), ("two", None)):
+        saved = tmp_path / name / "checkpoints/20"
+        saved.mkdir(parents=True)
+        (saved / "state").write_bytes(b"state")
+        integrity.write_manifest(saved, 20, integrity.hash_files(saved, ["state"]))
+        integrity.write_latest(saved.parent, 20)
+        record = {"starts": [{"time": "2026-01-01T00:00:00Z"}], "completed_step": done}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    status, out, _ = run("runs", tmp_path)
+    assert status == 0
+    assert f"{tmp_path}/one: finished at step 20, begun 2026-01-01T00:00:00Z, 1 start\n  step 20: good, 0.0 MB, latest\n" in out
+    assert f"{tmp_path}/two: not finished" in out
+    (tmp_path / "two/checkpoints/20/state").write_bytes(b"stale")
+    status, out, _ = run("runs", tmp_path / "two")
+    assert status == 1
+    assert "step 20: damaged" in out
+    assert "checkpoints/20/state is damaged" in out
+    (tmp_path / "one/run.json").write_text("{")
+    assert run("runs", tmp_path / "one") == (1, f"{tmp_path}/one: run.json is damaged; put back a copy\n", "")
+    status, _, err = run("runs", tmp_path / "three")
+    assert status == 2
+    assert "no run there" in err
 
 
 def test_version_and_doctor(run):

@@ -29,7 +29,7 @@ FLOORS = {
     "data": {"data"},
     "rewards": {"rewards"},
     "placement": {"parallel"},
-    "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health"},
+    "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs"},
     "seeing": {"metrics", "progress", "trackers", "report", "plots", "evaluate"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
@@ -151,15 +151,22 @@ print(xla_bridge.backends_are_initialized())
     assert python(code).strip() == "False"
 
 
+def names_read(module: ast.Module) -> Iterator[str]:
+    """Attributes, and the names in getattr(..., "name", ...)."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
 def test_every_key_of_the_configuration_is_read():
-    attributes = set()
-    for path in FILES:
-        if room(path) not in ("config", "checks", "config_file", "config_table"):
-            attributes |= {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    readers = [path for path in FILES if room(path) not in ("config", "checks", "config_file", "config_table")]
+    names = {name for path in readers for name in names_read(tree(path))}
     classes = [cls for cls in vars(config).values() if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
-    algorithms = config.STAGES.keys()  # the group of an algorithm is read by the name of its stage
     fields = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
-    assert {f"{cls}.{name}" for cls, name in fields if name not in attributes and name not in algorithms} == set()
+    algorithms = config.STAGES.keys()  # the group of an algorithm is read by the name of its stage
+    assert {f"{cls}.{name}" for cls, name in fields if name not in names and name not in algorithms} == set()
 
 
 # What is installed
