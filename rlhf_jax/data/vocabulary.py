@@ -41,7 +41,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, start: bool = False) -> list[int]:
         """Ids of a text; with `start` the ids that begin a sequence (such as bos) in front."""
-        ids = self.backend.encode(clean(text), add_special_tokens=False).ids
+        ids = self._ids(clean(text))
         return [*self.start_ids, *ids] if start else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -101,7 +101,7 @@ class Tokenizer:
         """
         pieces = [clean(piece) for piece in pieces]
         if not self.prepends_space:
-            return [self.backend.encode(piece, add_special_tokens=False).ids if piece else [] for piece in pieces]
+            return [self._ids(piece) if piece else [] for piece in pieces]
         whole = self.backend.encode("".join(pieces), add_special_tokens=False)
         out: list[list[int]] = [[] for _ in pieces]
         edges = [sum(map(len, pieces[: number + 1])) for number in range(len(pieces))]
@@ -140,6 +140,10 @@ class Tokenizer:
         if self.chat_template is not None:
             written["chat_template"] = self.chat_template
         file.write_text(json.dumps(settings | names | written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _ids(self, text: str) -> list[int]:
+        # The fast form leaves offsets out, which cost a quarter of the time.
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -184,9 +188,9 @@ def make_tokenizer(
     """
     backend.no_truncation()
     backend.no_padding()
+    known = {key: names.get(key) for key in NAMES}
     ids = {}
-    for key in NAMES:
-        name = names.get(key)
+    for key, name in known.items():
         ids[key] = None if name is None else backend.token_to_id(name)
         if name is not None and ids[key] is None:
             raise UserError(f"tokenizer {source or ''}: {key} {name!r} is not in the vocabulary; mend tokenizer_config.json")
@@ -211,10 +215,10 @@ def make_tokenizer(
     start = tuple(with_special[: _find(with_special, without)])
     twice = backend.decode(without + without, skip_special_tokens=True)
     body = hashlib.sha256(backend.to_str().encode())
-    body.update(json.dumps([dict(names), chat_template, eos_ids, pad], sort_keys=True).encode())
+    body.update(json.dumps([known, chat_template, eos_ids, pad], sort_keys=True).encode())
     return Tokenizer(
         backend=backend,
-        names={key: names.get(key) for key in NAMES},
+        names=known,
         bos_id=ids["bos_token"],
         pad_id=pad,
         eos_id=eos_ids[0],

@@ -1,0 +1,200 @@
+"""Reading files as people have them, and messages that name file, line and column."""
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.data.sources import BadRow, memory_source, open_source
+from rlhf_jax.errors import UserError
+
+ROWS = [{"prompt": f"p{i} é 😀 שלום \x00", "n": i} for i in range(5)]
+
+
+def _jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", _jsonl(ROWS)),
+        ("a.json", _jsonl(ROWS)),
+        ("no_last_newline.jsonl", _jsonl(ROWS).rstrip(b"\n")),
+        ("bom_crlf_blank.jsonl", b"\xef\xbb\xbf" + _jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
+        ("array.json", json.dumps(ROWS, indent=1).encode()),
+        ("bom_array.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+        ("a.jsonl.gz", gzip.compress(_jsonl(ROWS))),
+        ("a.jsonl.bz2", bz2.compress(_jsonl(ROWS))),
+        ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
+    ],
+)
+def test_formats_give_the_same_rows(tmp_path: Path, name: str, content: bytes):
+    source = open_source(_write(tmp_path / name, content))
+    assert len(source) == 5
+    assert [source.read(i) for i in (4, 0, 2, 1, 3)] == [ROWS[i] for i in (4, 0, 2, 1, 3)]
+    assert len(open_source(str(tmp_path / name), limit=2)) == 2
+
+
+def test_lines_longer_than_a_block_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlhf_jax.data.sources._READ", 7)
+    path = _write(tmp_path / "a.jsonl", b"\n  \n" + _jsonl(ROWS).replace(b"\n", b"\n   \n\n"))
+    source = open_source(path)
+    assert [source.read(i) for i in range(5)] == ROWS
+    assert [source.where(i) for i in (0, 4)] == [f"{path}:3", f"{path}:15"]
+    assert len(open_source(path, limit=3)) == 3
+
+
+def test_digest_follows_content(tmp_path: Path):
+    first, second = _write(tmp_path / "a.jsonl", _jsonl(ROWS)), _write(tmp_path / "b.jsonl", _jsonl(ROWS))
+    changed = _write(tmp_path / "c.jsonl", _jsonl(ROWS).replace(b"p3", b"p4"))
+    assert open_source(first).digest == open_source(second).digest != open_source(changed).digest
+    assert memory_source(ROWS).digest != memory_source(ROWS[:4]).digest
+
+
+@pytest.mark.parametrize(
+    ("line", "pieces"),
+    [
+        (b'{"prompt": "x", "n": }', (":2:22: not JSON", "Expecting value", "on_bad_rows=skip")),
+        (b'{"prompt": "x"', (":2:15: not JSON",)),
+        (b'{"prompt": "\xff"}', (":2:13: invalid UTF-8 byte 0xff",)),
+        (b"[1, 2]", (":2:1: a row must be a JSON object", "list")),
+        ('{"é": ]}'.encode(), (":2:7: not JSON", "é")),
+        (b"[" * 100_000, (":2:1: JSON nested too deeply",)),
+        (b'{"a": 1}{"b": 2}', (":2:9: not JSON (Extra data)",)),
+    ],
+)
+def test_bad_lines_are_named_by_path_line_and_column(tmp_path: Path, line: bytes, pieces: tuple[str, ...]):
+    path = _write(tmp_path / "a.jsonl", _jsonl(ROWS[:1]) + line + b"\n" + _jsonl(ROWS[1:]))
+    source = open_source(path)
+    with pytest.raises(BadRow) as caught:
+        source.read(1)
+    message = str(caught.value)
+    assert message.startswith(path)
+    assert all(piece in message for piece in pieces), message
+    assert len(message) < 500
+    assert source.read(2) == ROWS[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pieces"),
+    [
+        ("empty.jsonl", b"", ("is empty (0 bytes)",)),
+        ("blank.jsonl", b"\n \n\r\n", ("only blank lines",)),
+        ("empty.json", b"[]", ("empty array",)),
+        ("bad.json", b'[\n{"a": 1},\n{"a": }\n]', (":3:7: not JSON",)),
+        ("bad_utf8.json", b'["\xff"]', ("invalid UTF-8 at byte 3",)),
+        ("a.csv", b"a,b\n", ("none of .jsonl, .json, .parquet",)),
+        ("a.jsonl.gz", b"not gzip", ("damaged or not gz",)),
+        ("cut.jsonl.gz", gzip.compress(_jsonl(ROWS) * 100)[:-20], ("damaged or not gz",)),
+        ("a.jsonl.xz", b"not xz", ("damaged or not xz",)),
+        ("a.jsonl.bz2", b"not bz2", ("damaged or not bz2",)),
+        ("void.jsonl.gz", gzip.compress(b""), ("empty after decompression",)),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, pieces: tuple[str, ...]):
+    path = _write(tmp_path / name, content)
+    with pytest.raises(UserError) as caught:
+        open_source(path)
+    assert path in str(caught.value)
+    assert all(piece in str(caught.value) for piece in pieces), str(caught.value)
+
+
+def test_missing_file_and_directory(tmp_path: Path):
+    with pytest.raises(UserError, match="no file"):
+        open_source(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(UserError, match="is a directory"):
+        open_source(str(tmp_path))
+
+
+def test_elements_of_an_array_that_are_no_rows_are_bad_rows(tmp_path: Path):
+    source = open_source(_write(tmp_path / "a.json", b'[{"a": 1}, 3]'))
+    with pytest.raises(BadRow, match="must be a JSON object"):
+        source.read(1)
+
+
+def test_missing_extras_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in ("pyarrow", "pyarrow.parquet", "datasets", "zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("a.parquet", "a.jsonl.zst"):
+        with pytest.raises(UserError, match=r'pip install "rlhf-jax\[data\]"'):
+            open_source(_write(tmp_path / name, b"PAR1"))
+    with pytest.raises(UserError, match="no file 'someone/data'") as caught:
+        open_source("someone/data")
+    assert "datasets" in str(caught.value)
+
+
+def _module(name: str, **attributes: object) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    return module
+
+
+def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Batch:
+        def __init__(self, rows: list[dict]):
+            self.rows = rows
+
+        def to_pylist(self) -> list[dict]:
+            return self.rows
+
+    class ParquetFile:
+        def __init__(self, path: str):
+            if Path(path).read_bytes() != b"PAR1":
+                raise ValueError("Parquet magic bytes not found")
+
+        def iter_batches(self, batch_size: int):
+            assert batch_size == 1024
+            yield from (Batch(ROWS[:2]), Batch(ROWS[2:]))
+
+    monkeypatch.setitem(sys.modules, "pyarrow", _module("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", _module("pyarrow.parquet", ParquetFile=ParquetFile))
+    path = _write(tmp_path / "a.parquet", b"PAR1")
+    source = open_source(path)
+    assert [source.read(i) for i in range(5)] == ROWS
+    assert source.where(3) == f"{path}: row 3"
+    assert len(open_source(path, limit=3)) == 3
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        open_source(_write(tmp_path / "b.parquet", b"none"))
+
+
+def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict]:
+        asked.append((name, split))
+        if name == "no/where":
+            raise OSError("Couldn't reach the Hub\nmore")
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", _module("datasets", load_dataset=load_dataset))
+    assert [open_source(name).read(4) for name in ("some/data", "some/data:test")] == [ROWS[4]] * 2
+    assert asked == [("some/data", "train"), ("some/data", "test")]
+    with pytest.raises(UserError, match="without a network, give the path"):
+        open_source("no/where")
+
+
+def test_memory_stays_bounded(tmp_path: Path):
+    """Opening and reading a file of 24 MB allocates a small part of it."""
+    import tracemalloc
+
+    path = tmp_path / "big.jsonl"
+    with path.open("w") as file:
+        for number in range(24_000):
+            file.write(json.dumps({"text": "x" * 1000, "n": number}) + "\n")
+    tracemalloc.start()
+    source = open_source(str(path))
+    assert source.read(23_999)["n"] == 23_999
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12e6, f"{peak / 1e6:.1f} MB"

@@ -1,0 +1,82 @@
+"""`rlhf-jax data`: what it says, and that it needs no JAX."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.config import Data, Model, PPORun, RewardRun, Run, Scratch, SFTRun
+from rlhf_jax.data.corpus import run_tokenizer
+from rlhf_jax.data.validate import histogram, validate
+from rlhf_jax.errors import UserError
+
+HERE = Path(__file__).parent
+MODEL = Model(scratch=Scratch(vocabulary=300))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"question {n} \x1b[31m", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(40)]
+    rows.append(rows[0] | {"rejected": " yes 0"})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_report_of_pairs(pairs: str):
+    report = validate(RewardRun(model=MODEL, data=Data(path=pairs), batch_size=8))
+    (record,) = report.rows
+    assert record["counts"] == {"rows": 41, "dropped: chosen equals rejected": 1, "kept": 40}
+    assert record["train"] + record["eval"] == 40
+    assert record["columns"] == {"prompt": "str", "chosen": "str", "rejected": "str"}
+    for piece in (
+        "41 rows read",
+        "1 dropped: chosen equals rejected",
+        f"{pairs}:1",
+        "chosen: <bos>question 0",
+        "⟦ yes 0<eos>⟧",
+        "█",
+    ):
+        assert piece in report.text, report.text
+    assert "\x1b" not in report.text
+    json.dumps(report.rows)
+
+
+def test_report_of_fine_tuning_and_prompts(pairs: str):
+    sft = validate(SFTRun(model=MODEL, data=Data(path=pairs), batch_size=8))
+    assert "with data.packing=true" in sft.text
+    ppo = validate(PPORun(model=MODEL, data=Data(path=pairs), ptx_data=Data(task="reviews"), batch_size=8))
+    assert [record["stage"] for record in ppo.rows] == ["prompts", "sft"]
+    with pytest.raises(UserError, match="cannot be checked"):
+        validate(Run(model=MODEL, data=Data(path=pairs)))
+
+
+def test_validation_imports_no_jax(pairs: str):
+    code = (
+        "import sys; from rlhf_jax.config import *; from rlhf_jax.data.validate import validate; "
+        "validate(SFTRun(model=Model(scratch=Scratch(vocabulary=300)), data=Data(path=sys.argv[1]))); print('jax' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, pairs], capture_output=True, text=True, check=True, cwd=HERE.parents[1])
+    assert run.stdout.strip() == "False"
+
+
+def test_histogram():
+    lines = histogram(np.asarray([1, 1, 1, 2, 99]))
+    assert len(lines) == 10
+    assert lines[0].split()[-1] == "4"
+    assert lines[-1].split()[-1] == "1"
+    assert histogram(np.asarray([3]))[-1].split()[-1] == "1"
+
+
+def test_the_tokenizer_of_a_run(pairs: str, tmp_path: Path):
+    data = Data(path=pairs)
+    trained = run_tokenizer(MODEL, data, "preferences", out_dir=tmp_path / "tokenizer")
+    assert trained.vocab_size <= 300
+    again = run_tokenizer(Model(path="nowhere", tokenizer=str(tmp_path / "tokenizer")), data, "preferences")
+    assert again.hash == trained.hash
+    assert run_tokenizer(Model(), Data(task="addition"), "sft").vocab_size == 16
+    with pytest.raises(UserError, match=r"model.path .*model.scratch"):
+        run_tokenizer(Model(), data, "sft")
