@@ -86,13 +86,17 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content, partial = text.encode(), path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _explained(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def peak_rss_mb() -> float:

@@ -119,20 +119,21 @@ def gao_fit(path: Sequence[PathPoint]) -> tuple[tuple[float, float, float], floa
 
 def gold_against_proxy(runs: Sequence[StageRun]) -> str:
     """The figure of Gao et al.: what is optimised and what is meant, against the distance travelled."""
-    paths = [(run, steadied(path)) for run in runs if len(path := reward_path(run)) > 1]
+    paths = [(run, path) for run in runs if len(path := reward_path(run)) > 1]
     if not paths:
         return ""
     many = len(paths) > 1
     lines, fits, flags, words, notes = [], [], [], [], []
     for run, path in paths:
         name = f"{run.label} " if many else ""
-        gold = [(p.distance, p.gold) for p in path if p.gold is not None]
+        steady = steadied(path)
+        gold = [(p.distance, p.gold) for p in steady if p.gold is not None]
         proxy_tone, gold_tone = (run.tone % 8, run.tone % 8) if many else (0, 1)
-        lines.append(Line(f"{name}proxy", [(p.distance, p.proxy) for p in path], proxy_tone, 1))
+        lines.append(Line(f"{name}proxy", [(p.distance, p.proxy) for p in steady], proxy_tone, 1))
         words.append(_reading(run, path, many))
         if gold:
             lines.append(Line(f"{name}gold", gold, gold_tone, 0))
-        top = peak(path)
+        top = peak(steady)
         if top is not None:
             flags.append((top.distance, top.gold or 0.0, f"gold peaks, step {top.step:.0f}"))
         fit = gao_fit(path)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rlhf_jax.metrics import METRICS, SAMPLES, SUMMARY, read_rows, read_summary
 from rlhf_jax.report.scales import Point
@@ -38,9 +38,8 @@ class StageRun(NamedTuple):
 def load_runs(paths: Sequence[Path]) -> list[StageRun]:
     """Every stage found, in the order of the pipeline, runs of the same stage side by side."""
     found = []
-    for path in paths:
-        for holder in holders(path):
-            found += _read_stages(holder)
+    for holder in dict.fromkeys(holder.resolve() for path in paths for holder in holders(path)):
+        found += _read_stages(holder)
     rank = {stage: index for index, stage in enumerate(ORDER)}
     found.sort(key=lambda run: rank.get(run.stage, len(ORDER)))
     labels = {id(run): label for run, label in zip(found, _labels(found), strict=True)}
@@ -107,12 +106,12 @@ def _columns(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, list[Point]], di
     broken: dict[str, list[int]] = {}
     for row in rows:
         step = row.get("step")
-        if not isinstance(step, int | float):
+        if not is_number(step):
             continue
         for key, value in row.items():
-            if "/" in key and isinstance(value, int | float):
+            if "/" in key and is_number(value):
                 columns.setdefault(key, []).append((step, float(value)))
-        for key in row.get("not_finite") or ():
+        for key in as_list(row.get("not_finite")):
             broken.setdefault(str(key), []).append(int(step))
     return columns, broken
 
@@ -125,7 +124,7 @@ def _labels(runs: Sequence[StageRun]) -> list[str]:
         parts.append(names[:-1] if names[-1] in (run.stage, *ORDER) and len(names) > 1 else names)
     distinct = list(dict.fromkeys(parts))
     if len(distinct) < 2:
-        return [names[-1] for names in parts]
+        return [run.path.name if len(runs) == 1 else names[-1] for run, names in zip(runs, parts, strict=True)]
     shortest = min(map(len, distinct))
     head = next((i for i in range(shortest) if len({names[i] for names in distinct}) > 1), shortest - 1)
     tail = next((i for i in range(shortest - head) if len({names[-1 - i] for names in distinct}) > 1), 0)
@@ -139,14 +138,22 @@ def ends(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
     return sum(values) / len(values) if values else math.nan
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number that is no truth value: JSON written elsewhere may hold anything."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def as_list(value: Any) -> list[Any]:
+    """The value if it is a list, else none: a summary may have been written by anyone."""
+    return value if isinstance(value, list) else []
+
+
 def evaluations(run: StageRun) -> dict[float, list[dict[str, Any]]]:
+    """Samples by step, in order."""
     found: dict[float, list[dict[str, Any]]] = {}
     for row in run.samples:
         if is_number(row.get("step")):
@@ -157,4 +164,4 @@ def evaluations(run: StageRun) -> dict[float, list[dict[str, Any]]]:
 def amount(run: StageRun, key: str) -> float:
     """A number of the summary; 0 where there is none."""
     value = run.summary.get(key)
-    return float(value) if isinstance(value, int | float) and is_number(value) else 0.0
+    return float(value) if is_number(value) else 0.0

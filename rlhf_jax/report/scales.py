@@ -42,15 +42,20 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """The same number of decimals on every tick."""
+    """The same number of decimals on every tick; k, M, G or a power of ten where numbers would be long."""
     if len(values) < 2:
         return [number(value) for value in values]
-    step = abs(values[1] - values[0])
-    largest = max(abs(value) for value in values)
-    if largest >= 1e4 or step < 1e-4:
-        return [number(value) for value in values]
-    decimals = max(0, next(d for d in range(8) if abs(round(step, d) - step) < 1e-9 * max(step, 1e-9)))
-    return [f"{value + 0.0:.{decimals}f}".replace("-", "−") for value in values]
+    largest, step = max(abs(value) for value in values), abs(values[1] - values[0])
+    scale, suffix = 1.0, ""
+    if 1e4 <= largest < 1e12:
+        scale, suffix = next((size, name) for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= size)
+    elif largest >= 1e12 or largest < 1e-3:
+        exponent = math.floor(math.log10(largest))
+        scale, suffix = 10.0**exponent, f"e{exponent}"
+    size = step / scale
+    decimals = next((d for d in range(9) if abs(round(size, d) - size) < 1e-6 * size), 9)
+    shown = [f"{round(value / scale, decimals) + 0.0:.{decimals}f}" for value in values]
+    return [(text + suffix if float(text) or not suffix else "0").replace("-", "−") for text in shown]
 
 
 def thin(points: Sequence[Point], limit: int = DRAWN) -> list[Point]:

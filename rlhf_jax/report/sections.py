@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_jax.evaluate import wilson
 from rlhf_jax.progress import duration
 from rlhf_jax.report.curves import COST_CHARTS, figures, folded
-from rlhf_jax.report.data import StageRun, amount, by_stage, compares, ends, is_number, text
+from rlhf_jax.report.data import StageRun, amount, as_list, by_stage, compares, ends, is_number, text
 from rlhf_jax.report.plots import reliability_chart, share_bar, swatch
 from rlhf_jax.report.scales import number
 from rlhf_jax.trackers import flatten
@@ -17,13 +17,12 @@ def header(heading: str, runs: Sequence[StageRun]) -> str:
     """Title, what ran and how far it is, and what went wrong."""
     items = []
     for run in runs:
-        about = run.summary
-        last = max((points[-1][0] for points in run.columns.values()), default=about.get("step", 0))
-        total = about.get("total_steps")
-        steps = f"step {last:.0f} of {total}" if total else f"step {last:.0f}"
+        last = max((points[-1][0] for points in run.columns.values()), default=amount(run, "step"))
+        total = amount(run, "total_steps")
+        steps = f"step {last:.0f} of {total:.0f}" if total else f"step {last:.0f}"
         wall = amount(run, "wall_s")
         whose = f" {text(run.label)}" if compares(runs) else ""
-        status = text(about.get("status", "running"))
+        status = text(run.summary.get("status", "running"))
         items.append(
             f"<li><b>{text(run.name)}</b>{whose} · {status} · {steps}{f' · {_unbroken(duration(wall))}' if wall else ''}</li>"
         )
@@ -41,7 +40,7 @@ def _alarms(runs: Sequence[StageRun]) -> str:
     lines = []
     for run in runs:
         whose = f"{run.name} {run.label}" if compares(runs) else run.name
-        for alarm in run.summary.get("alarms") or ():
+        for alarm in as_list(run.summary.get("alarms")):
             found = alarm if isinstance(alarm, dict) else {"text": alarm}
             where = f", step {text(found['step'])}" if "step" in found else ""
             lines.append(f"<p><b>{text(whose)}{where}</b>: {text(found.get('text', ''))}</p>")
@@ -156,7 +155,7 @@ def calibration(runs: Sequence[StageRun]) -> str:
 
 def _bins(run: StageRun) -> list[tuple[float, float, float, float, float]]:
     found = []
-    for row in run.summary.get("calibration") or ():
+    for row in as_list(run.summary.get("calibration")):
         if isinstance(row, dict) and all(is_number(row.get(key)) for key in ("predicted", "observed", "count")):
             count, observed = row["count"], min(max(row["observed"], 0.0), 1.0)
             if count > 0:
@@ -198,7 +197,7 @@ def costs(runs: Sequence[StageRun]) -> str:
 
 def _phases(run: StageRun) -> list[tuple[str, float, Any]]:
     """(name, wall seconds, peak MB by its end), and what no phase claims."""
-    listed = [phase for phase in run.summary.get("phases") or () if isinstance(phase, dict) and is_number(phase.get("wall_s"))]
+    listed = [phase for phase in as_list(run.summary.get("phases")) if isinstance(phase, dict) and is_number(phase.get("wall_s"))]
     found = [(str(phase.get("name", "?")), phase["wall_s"], phase.get("peak_rss_mb")) for phase in listed]
     wall = amount(run, "wall_s")
     rest = wall - sum(seconds for _, seconds, _ in found)
