@@ -5,7 +5,7 @@ A checkpoint is one directory:
     checkpoints/LATEST              "30\n": the newest finished checkpoint, replaced atomically
     checkpoints/30/state/           every array, written by Orbax, sharded, by all processes
     checkpoints/30/checkpoint.json  names, types and shapes of the arrays; the loop's own JSON ("extra")
-    checkpoints/30/manifest.json    size and SHA-256 of every file (integrity.py)
+    checkpoints/30/manifest.json    size and hash of every file (integrity.py)
 
 Order of a save: copy to the host -> Orbax writes `30.partial/` in the background -> everything is forced to the disk -> manifest
 -> `30.partial` becomes `30` -> LATEST -> older checkpoints are retired. A kill between any two loses at most the save itself.
@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +27,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from rlhf_jax import integrity, processes
+from rlhf_jax import integrity, processes, shelf
 from rlhf_jax.errors import UserError
-from rlhf_jax.integrity import FORMAT, MARKER
 from rlhf_jax.leaves import leaf_specs, named_leaves, nest, parse_spec, unnest
+from rlhf_jax.shelf import size_text
 
 _LOG = logging.getLogger(__name__)
-_DESCRIPTION = "checkpoint.json"
-_MARKER_TEXT = "A checkpoint of rlhf_jax. Directories without this file are never renamed or deleted by it.\n"
-_PARTIAL, _RETIRED, _BROKEN = ".partial", ".deleting", ".broken"
 _DATA_FILE_BYTES = 64 << 20  # several files, so that several threads can hash one checkpoint
 _PART_TIMEOUT_S = 1200.0
 
@@ -71,7 +68,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first, unverified."""
-        return [step for step, _ in sorted(_finished(self.directory))]
+        return [step for step, _ in sorted(shelf.finished(self.directory))]
 
     def require_space(self, state: Any) -> None:
         """UserError unless one more checkpoint of `state` (arrays or shapes) fits on the disk. Call it before compiling."""
@@ -94,7 +91,7 @@ class Checkpoints:
         context = ocp.Context()
         context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
         with context:
-            response = ocp.save_async(str(self.directory / f"{step}{_PARTIAL}" / "state"), nest(leaves))
+            response = ocp.save_async(str(self.directory / f"{step}{shelf.PARTIAL}" / "state"), nest(leaves))
         self._saving = (step, size, self._worker.submit(self._finish, step, response))
 
     def check(self) -> None:
@@ -151,7 +148,7 @@ class Checkpoints:
         """The step to restore (-1: none), or a message that stops the run."""
         latest = integrity.read_latest(self.directory, self._say) if self.directory.is_dir() else None
         broken: list[tuple[Path, str]] = []
-        for step, path in sorted(_finished(self.directory), reverse=True):
+        for step, path in sorted(shelf.finished(self.directory), reverse=True):
             found = integrity.problems(path, step=step)
             if not found:
                 self._set_aside(broken, step)
@@ -169,7 +166,7 @@ class Checkpoints:
 
     def _set_aside(self, broken: list[tuple[Path, str]], good: int) -> None:
         for path, text in broken:
-            aside = _free_name(path, _BROKEN)
+            aside = shelf.free_name(path, shelf.BROKEN)
             path.rename(aside)
             self._say(
                 f"checkpoint {path.name} is damaged: {text}. Kept as {aside.name}, not used; falling back to checkpoint {good}"
@@ -184,9 +181,9 @@ class Checkpoints:
         self._swept = True
         if not processes.is_writer() or not self.directory.is_dir():
             return
-        for path in sorted(self.directory.iterdir()):
-            if path.suffix in (_PARTIAL, _RETIRED) and path.stem.isdigit() and _delete(path):
-                what = "a save that was interrupted" if path.suffix == _PARTIAL else "a deletion that was interrupted"
+        for path in shelf.leftovers(self.directory):
+            if shelf.delete(path):
+                what = "a save that was interrupted" if path.suffix == shelf.PARTIAL else "a deletion that was interrupted"
                 self._say(f"removed {path}: left over from {what}")
 
     def _shortage(self, size: int) -> str:
@@ -195,8 +192,8 @@ class Checkpoints:
         if free >= needed:
             return ""
         return (
-            f"{folder} has {_gb(free)} free and a checkpoint needs {_gb(needed)}.\n"
-            f"Free at least {_gb(needed - free)}, choose another disk with out=…, or lower save.keep_last "
+            f"{folder} has {size_text(free)} free and a checkpoint needs {size_text(needed)}.\n"
+            f"Free at least {size_text(needed - free)}, choose another disk with out=…, or lower save.keep_last "
             f"({self._keep_last} now). {self._what_is_left()}"
         )
 
@@ -208,15 +205,15 @@ class Checkpoints:
         """Make `<step>.partial` with marker and description; a message where that fails."""
         if message := self._shortage(size):
             return message
-        final, partial = self.directory / str(step), self.directory / f"{step}{_PARTIAL}"
+        final, partial = self.directory / str(step), self.directory / f"{step}{shelf.PARTIAL}"
         try:
             if final.exists():
-                aside = _free_name(final, _BROKEN)
+                aside = shelf.free_name(final, shelf.BROKEN)
                 final.rename(aside)
                 self._say(f"{final} was not the checkpoint this run started from; kept as {aside.name}")
             partial.mkdir(parents=True)
-            (partial / MARKER).write_text(_MARKER_TEXT)
-            (partial / _DESCRIPTION).write_text(description)
+            (partial / shelf.MARKER).write_text(shelf.MARKER_TEXT)
+            (partial / shelf.DESCRIPTION).write_text(description)
         except OSError as error:
             return f"{error.filename or partial} cannot be written: {error.strerror}. {self._what_is_left()}"
         return ""
@@ -224,13 +221,13 @@ class Checkpoints:
     def _finish(self, step: int, response: Any) -> None:
         """In the background, after Orbax: hash, force to disk, publish, retire."""
         response.result()
-        partial, final = self.directory / f"{step}{_PARTIAL}", self.directory / str(step)
+        partial, final = self.directory / f"{step}{shelf.PARTIAL}", self.directory / str(step)
         mine = [name for name in integrity.list_files(partial) if _owner(name) == jax.process_index()]
         for name in mine:
             integrity.sync_path(partial / name)
         files = integrity.hash_files(partial, mine)
         if not processes.is_writer():
-            part = self.directory / f"{step}{_PARTIAL}" / f".part{jax.process_index()}"
+            part = self.directory / f"{step}{shelf.PARTIAL}" / f".part{jax.process_index()}"
             integrity.write_atomically(part, json.dumps(files))
             return
         for process in range(1, jax.process_count()):
@@ -246,18 +243,18 @@ class Checkpoints:
         steps = self.steps()
         kept = set(steps[-self._keep_last :]) | {step for step in steps if self._keep_every and step % self._keep_every == 0}
         for step in set(steps) - kept:
-            doomed = _free_name(self.directory / str(step), _RETIRED)
+            doomed = shelf.free_name(self.directory / str(step), shelf.RETIRED)
             (self.directory / str(step)).rename(doomed)
-            _delete(doomed)
+            shelf.delete(doomed)
 
     def _discard_partial(self, step: int) -> None:
         if processes.is_writer():
-            _delete(self.directory / f"{step}{_PARTIAL}")
+            shelf.delete(self.directory / f"{step}{shelf.PARTIAL}")
 
     def _explain(self, step: int, size: int, error: BaseException) -> str:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         full = "No space left" in str(error) or getattr(error, "errno", None) == 28
-        remedy = f"Free {_gb(int(size * 1.05))} (the disk is full), " if full else "Make the directory writable, "
+        remedy = f"Free {size_text(int(size * 1.05))} (the disk is full), " if full else "Make the directory writable, "
         again = "then give the same command again."
         return f"checkpoint {step} could not be written below {self.directory}: {cause}\n{remedy}{again} {self._what_is_left()}"
 
@@ -269,7 +266,7 @@ def state_digest(state: Any) -> str:
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Arrays of one checkpoint directory on the host, by name ("actor/params/…"), on one device, without the run's model."""
-    description = json.loads((path / _DESCRIPTION).read_text())
+    description = json.loads((path / shelf.DESCRIPTION).read_text())
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
@@ -299,7 +296,7 @@ def _to_host(leaf: Any) -> np.ndarray:
 
 def _describe(step: int, leaves: dict[str, Any], extra: dict[str, Any]) -> str:
     content = {
-        "format": FORMAT,
+        "format": shelf.FORMAT,
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "processes": jax.process_count(),
@@ -312,7 +309,7 @@ def _describe(step: int, leaves: dict[str, Any], extra: dict[str, Any]) -> str:
 
 
 def _load(path: Path, step: int, abstract: Any) -> Restored:
-    description = json.loads((path / _DESCRIPTION).read_text())
+    description = json.loads((path / shelf.DESCRIPTION).read_text())
     leaves = named_leaves(abstract)
     _require_fit(path, description["leaves"], leaf_specs(leaves))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -336,38 +333,6 @@ def _require_fit(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> N
             f"{path} does not fit this run; {len(different)} arrays differ:\n" + "\n".join(lines) + more + "\n"
             "Use the configuration that the run was started with, or another out=…; nothing was changed."
         )
-
-
-def _finished(directory: Path) -> Iterator[tuple[int, Path]]:
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.name.isdigit() and str(int(path.name)) == path.name and not path.is_symlink() and (path / MARKER).is_file():
-            yield int(path.name), path
-
-
-def _delete(path: Path) -> bool:
-    """Remove a directory that carries our marker (the marker goes last), or an empty one; nothing else."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    if (path / MARKER).is_file():
-        for entry in path.iterdir():
-            if entry.name == MARKER:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        (path / MARKER).unlink()
-    elif any(path.iterdir()):
-        return False
-    path.rmdir()
-    return True
-
-
-def _free_name(path: Path, suffix: str) -> Path:
-    names = [path.with_name(path.name + suffix), *(path.with_name(f"{path.name}-{n}{suffix}") for n in range(2, 1000))]
-    return next(name for name in names if not name.exists())
 
 
 def _owner(name: str) -> int:
@@ -394,7 +359,3 @@ def _await_part(path: Path) -> dict[str, integrity.Entry]:
 
 def _bytes_of(state: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in named_leaves(state).values())
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf_jax import __version__
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 EXAMPLES = """\b
 Start here:
@@ -104,12 +104,8 @@ def _training_command(stage: str, summary: str) -> None:
         from rlhf_jax.config import OFFLINE
 
         _start("parallel").start_processes()
-        room, signals = _start("offline" if stage in OFFLINE else "online"), _start("signals")
-        try:
-            room.run(stage, run, from_scratch=from_scratch, override=[key for key in resume_override.split(",") if key])
-        except signals.Stopped as stopped:
-            typer.echo(f"{stopped}", err=True)
-            raise typer.Exit(signals.EXIT_STOPPED) from None
+        room = _start("offline" if stage in OFFLINE else "online")
+        room.run(stage, run, from_scratch=from_scratch, override=[key for key in resume_override.split(",") if key])
 
 
 for _stage, _summary in TRAINING.items():
@@ -273,7 +269,12 @@ def main() -> None:
         app(prog_name="rlhf-jax")
     except UserError as error:
         sys.stderr.write(f"rlhf-jax: {error}\n")
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:  # before the run took over the signals: nothing has begun
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # `rlhf-jax config ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_jax.shelf import FORMAT
+
 MANIFEST = "manifest.json"
 LATEST = "LATEST"
-MARKER = "rlhf_jax_checkpoint"  # a directory without this file is never renamed or deleted by us
-FORMAT = 1
 _ROWS, _COLUMNS = 128, 1024
 _LARGEST_MANIFEST_BYTES = 64 << 20
 
