@@ -1,11 +1,16 @@
 """Which key a query sees, and softmax attention over those."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rlhf_jax.models.spec import Spec
+
+Attend = Callable[..., jax.Array]  # (q, k, v, window index, scale, sinks or None) -> [B, T, heads, head_dim]
 
 _LOW = -0.7 * float(np.finfo(np.float32).max)  # finite: a row that sees nothing gets a uniform softmax, not NaN
 
@@ -16,6 +21,32 @@ class Keys(NamedTuple):
     query_positions: jax.Array  # i32[B, T]
     key_positions: jax.Array  # i32[B, S]
     visible: jax.Array  # bool[B, T, S], causal, without padding, within the segment
+
+
+def make_attend(spec: Spec, keys: Keys, windows: list[int | None], attention: str) -> Attend:
+    """Attention of one call. The layer says by number which of the windows is its own.
+
+    Args:
+        attention: "dense" or "flash".
+    """
+    if attention != "dense":
+        raise ValueError(f"attention is {attention!r}; it must be dense or flash")
+    visible = tuple(within_window(keys, window) for window in windows)
+    bias = None
+    if spec.positions == "alibi":
+        bias = position_bias(keys, alibi_slopes(spec.heads) * np.float32(spec.alibi_scale))
+
+    def apply(q: jax.Array, k: jax.Array, v: jax.Array, window: Any, scale: Any, sinks: jax.Array | None) -> jax.Array:
+        return attend(q, k, v, pick(visible, window), scale=scale, cap=spec.attention_cap, bias=bias, sinks=sinks)
+
+    return apply
+
+
+def pick(choices: tuple[jax.Array, ...], index: Any) -> jax.Array:
+    """One of a few arrays, by a Python number or a traced one."""
+    if len(choices) == 1:
+        return choices[0]
+    return choices[index] if isinstance(index, int) else jax.lax.select_n(index, *choices)
 
 
 def causal(mask: jax.Array, positions: jax.Array, segments: jax.Array | None) -> Keys:

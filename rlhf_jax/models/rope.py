@@ -1,5 +1,6 @@
 """Rotary positions: `config.json`, in either generation's spelling, -> `Rope`; `Rope` and positions -> cos and sin."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.spec import Rope
+from rlhf_jax.models.spec import Rope, Spec
 
 
 def make_rope(parameters: dict[str, Any], dims: int, *, theta: float, max_length: int) -> Rope:
@@ -78,28 +79,26 @@ def partial(config: dict[str, Any], default: float = 1.0) -> float:
     return default if found is None else float(found)
 
 
-def cos_sin(rope: Rope | None, positions: jax.Array, dims: int, length: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def cos_sin(rope: Rope | None, positions: jax.Array, dims: int, length: jax.Array, bound: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin of positions f32[B, T, dims / 2]; pairs that do not turn have cos 1, sin 0.
 
     Args:
         positions: i32[B, T].
         dims: dims of a head that turn in any layer of the model; a rope with fewer leaves the rest alone.
-        length: tokens of the longest row, for the ropes whose frequencies depend on it.
+        length: i32[], tokens of the longest row, for the ropes whose frequencies depend on it; bound: no length exceeds it.
     """
     shape = (*positions.shape, dims // 2)
     if rope is None:
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     # Elementwise, and in float32 whatever the model's dtype: bfloat16 angles are off by 7 radians at position 4096.
-    angles = positions.astype(jnp.float32)[..., None] * at_length(rope, length)[None, None]
+    angles = positions.astype(jnp.float32)[..., None] * at_length(rope, length, bound)[None, None]
     return jnp.cos(angles) * rope.factor, jnp.sin(angles) * rope.factor
 
 
-def at_length(rope: Rope, length: jax.Array | int) -> jax.Array:
-    """Frequencies f32[dims / 2] for sequences of this many tokens."""
+def at_length(rope: Rope, length: jax.Array | int, bound: int | None = None) -> jax.Array:
+    """Frequencies f32[dims / 2] for sequences of this many tokens, as transformers chooses them for the longest row."""
     inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
-    if not depends_on_length(rope):
-        return inv_freq
-    if isinstance(length, int) and length <= rope.original_length:
+    if rope.original_length is None or (bound is not None and bound <= rope.original_length):
         return inv_freq
     if rope.dynamic is None:
         longer = jnp.asarray(rope.long_inv_freq, jnp.float32)
@@ -113,15 +112,23 @@ def at_length(rope: Rope, length: jax.Array | int) -> jax.Array:
 
 
 def depends_on_length(rope: Rope | None) -> bool:
-    """True for dynamic and longrope, until `at_fixed_length` resolves them."""
-    return rope is not None and (rope.dynamic is not None or rope.long_inv_freq is not None)
+    """True for dynamic and longrope."""
+    return rope is not None and rope.original_length is not None
 
 
-def at_fixed_length(rope: Rope | None, length: int) -> Rope | None:
-    """The rope that holds for sequences of up to `length` tokens, whatever a batch contains."""
-    if rope is None or not depends_on_length(rope):
-        return rope
-    return Rope(inv_freq=_tuple(np.asarray(at_length(rope, length))), factor=rope.factor)
+def at_fixed_length(spec: Spec, length: int) -> Spec:
+    """The spec with ropes that hold for sequences of up to `length` tokens, whatever a batch contains.
+
+    transformers chooses the frequencies of dynamic and longrope by the longest row of each batch. In training that makes a
+    row's log-probabilities depend on its neighbours, and in sampling it forbids a cache; so a run fixes the length.
+    """
+
+    def fixed(rope: Rope | None) -> Rope | None:
+        if rope is None or rope.original_length is None:
+            return rope
+        return Rope(inv_freq=_tuple(np.asarray(at_length(rope, length))), factor=rope.factor)
+
+    return dataclasses.replace(spec, layers=tuple(dataclasses.replace(x, rope=fixed(x.rope)) for x in spec.layers))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str) -> jax.Array:
