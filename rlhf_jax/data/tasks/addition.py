@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
     backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(list(SPECIALS[:3]))
+    backend.add_special_tokens(list(SPECIALS))
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     return make_tokenizer(backend, {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"})
 
