@@ -67,8 +67,7 @@ class RunDir:
 
     def close(self) -> None:
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
+            _let_go(self._lock)
             self._lock = None
 
     def __enter__(self) -> "RunDir":
@@ -165,10 +164,10 @@ def _open(
         integrity.write_atomically(path / "config.resolved.yaml", config_text)
         integrity.write_atomically(path / "env.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
-        os.close(lock)
+        _let_go(lock)
         raise UserError(f"out={path}: {error.filename} cannot be written: {error.strerror}") from error
     except UserError:
-        os.close(lock)
+        _let_go(lock)
         raise
     return RunDir(path, record, lock, resumed=earlier is not None)
 
@@ -193,6 +192,11 @@ def _take_lock(path: Path, say: Callable[[str], None]) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text.encode(), 0)
     return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
 
 
 def _json_object(text: bytes) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""Who may write in a run's directory, and whether it is still the same run: decided before anything expensive."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.rundir import environment, fingerprint, open_run
+
+CONFIG = {
+    "out": "x",
+    "seed": 0,
+    "steps": 10,
+    "mesh": {"data": 1, "fsdp": -1},
+    "ppo": {"kl_coef": 0.05, "adaptive_kl": None},
+    "data": {"columns": {}},
+    "reward": {"functions": [{"function": "a", "weight": 1.0}]},
+    "save": {"every": 5},
+    "log": {"every": 1},
+}
+PRINTS = {"data": "file:aaaa", "tokenizer": "directory:bbbb", "reference": "directory:cccc"}
+
+
+def text(**changes):
+    return yaml.safe_dump(CONFIG | changes, sort_keys=False)
+
+
+def refusal(call):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) <= 15
+    return str(caught.value)
+
+
+def test_a_new_run_describes_itself(tmp_path):
+    with open_run(tmp_path / "a" / "b", text(), PRINTS) as run:
+        assert (run.resumed, run.completed_step) == (False, None)
+        assert run.checkpoints == run.path / "checkpoints"
+        assert yaml.safe_load((run.path / "config.resolved.yaml").read_text()) == CONFIG
+        assert json.loads((run.path / "env.json").read_text())["versions"]["jax"]
+        owner = json.loads((run.path / "LOCK").read_text())
+        assert owner["pid"] == os.getpid()
+    assert (run.path / "LOCK").read_text() == ""
+
+
+def test_the_same_command_again_continues(tmp_path):
+    told = []
+    open_run(tmp_path, text(), PRINTS).close()
+    with open_run(tmp_path, text(out="y", save={"every": 1}, log={"every": 3}), PRINTS, say=told.append) as run:
+        assert run.resumed
+    assert told == []
+    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
+
+
+def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
+    open_run(tmp_path, text(), PRINTS).close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refusal(lambda: open_run(tmp_path, text(ppo={"kl_coef": 0.1}, seed=3), PRINTS))
+    assert "ppo.kl_coef: 0.05 there, 0.1 here" in message
+    assert "seed: 0 there, 3 here" in message
+    assert "--resume-override ppo.kl_coef,seed" in message
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    many = {f"key{n}": n for n in range(40)}
+    assert "… 32 more" in refusal(lambda: open_run(tmp_path, text(**many), PRINTS))
+
+
+@pytest.mark.parametrize("name", PRINTS)
+def test_an_input_that_was_edited_is_refused_with_both_hashes(tmp_path, name):
+    open_run(tmp_path, text(), PRINTS).close()
+    message = refusal(lambda: open_run(tmp_path, text(), PRINTS | {name: "file:dddd"}))
+    assert f"contents of {name}: {PRINTS[name]} there, file:dddd here" in message
+    assert f"--resume-override {name}" in message
+
+
+def test_differences_that_are_accepted_are_remembered(tmp_path):
+    open_run(tmp_path, text(), PRINTS).close()
+    changed, prints = text(ppo={"kl_coef": 0.1, "adaptive_kl": None}), PRINTS | {"data": "file:dddd"}
+    open_run(tmp_path, changed, prints, override=["ppo.kl_coef", "data"]).close()
+    with open_run(tmp_path, changed, prints) as run:
+        assert run.resumed
+    assert json.loads((tmp_path / "run.json").read_text())["starts"][1]["override"] == ["data", "ppo.kl_coef"]
+
+
+def test_another_mesh_or_number_of_devices_is_told_not_refused(tmp_path):
+    told = []
+    open_run(tmp_path, text(), PRINTS, devices=8).close()
+    open_run(tmp_path, text(), PRINTS, devices=8, say=told.append).close()
+    assert told == []
+    open_run(tmp_path, text(mesh={"data": 2, "fsdp": -1}), PRINTS, devices=4, say=told.append).close()
+    assert "8 devices, now 4" in told[0]
+    assert "not bit for bit" in told[0]
+
+
+def test_a_completed_run_says_so_until_more_steps_are_asked_for(tmp_path):
+    with open_run(tmp_path, text(), PRINTS) as run:
+        run.complete(10)
+        assert run.completed_step == 10
+    with open_run(tmp_path, text(), PRINTS) as run:
+        assert run.completed_step == 10
+    assert "steps: 10 there, 20 here" in refusal(lambda: open_run(tmp_path, text(steps=20), PRINTS))
+    with open_run(tmp_path, text(steps=20), PRINTS, override=["steps"]) as run:
+        assert run.completed_step is None
+
+
+def test_from_scratch_sets_the_earlier_run_aside_and_deletes_nothing(tmp_path):
+    for number in (1, 2):
+        with open_run(tmp_path, text(seed=number), PRINTS, from_scratch=True, say=lambda line: None) as run:
+            assert not run.resumed
+            (tmp_path / "metrics.jsonl").write_text(f"{number}")
+            (tmp_path / "checkpoints").mkdir()
+    open_run(tmp_path, text(seed=3), PRINTS, from_scratch=True, say=lambda line: None).close()
+    assert [(tmp_path / f"earlier-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("LOCK", "config.resolved.yaml", "earlier-1", "earlier-2", "env.json", "run.json")
+    ]
+
+
+def test_files_that_look_like_a_run_but_are_none_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "holds metrics.jsonl but no run.json" in refusal(lambda: open_run(tmp_path, text(), PRINTS))
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "notes.txt")
+    open_run(tmp_path, text(), PRINTS).close()
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"format": 7}'])
+def test_a_damaged_record_is_refused(tmp_path, damage):
+    (tmp_path / "run.json").write_text(damage)
+    assert str(tmp_path / "run.json") in refusal(lambda: open_run(tmp_path, text(), PRINTS))
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
+def test_a_place_where_nobody_may_write_is_refused(place):
+    assert f"out={place}: cannot write there" in refusal(lambda: open_run(place, text(), PRINTS))
+
+
+def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
+    def read_only(path, *_):
+        raise PermissionError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", read_only)  # root may write anywhere, so the system call is made to fail
+    assert "Read-only file system" in refusal(lambda: open_run(tmp_path, text(), PRINTS))
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """A process that has the run open, until it is killed."""
+    code = f"""
+    import time
+    from rlhf_jax.rundir import open_run
+    run = open_run({str(folder)!r}, {text()!r}, {PRINTS!r})
+    print("open", flush=True)
+    time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "open\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_replaced(tmp_path):
+    first = hold(tmp_path)
+    try:
+        message = refusal(lambda: open_run(tmp_path, text(), PRINTS))
+        assert f"in use by process {first.pid} on {os.uname().nodename}" in message
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    told = []
+    with open_run(tmp_path, text(), PRINTS, say=told.append) as run:
+        assert run.resumed
+    assert f"process {first.pid}" in told[0]
+    assert "left" in told[0]
+
+
+def test_fingerprints_follow_contents_not_places(tmp_path):
+    assert fingerprint(None) == "none"
+    assert fingerprint("meta-llama/Llama-3.2-1B") == "name:meta-llama/Llama-3.2-1B"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 100)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    (tmp_path / "b" / "README.md").write_text("not part of a model")
+    assert fingerprint(tmp_path / "a") == fingerprint(str(tmp_path / "b"))
+    assert fingerprint(tmp_path / "a.jsonl") == fingerprint(tmp_path / "b.jsonl")
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"x" * 99 + b"y")
+    (tmp_path / "b.jsonl").write_text("{} \n")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a.jsonl") != fingerprint(tmp_path / "b.jsonl")
+
+
+def test_secrets_stay_out_of_what_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_JAX_API_TOKEN", "s3cret")
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "ppo", "api_key=s3cret", "reward.url=https://me:s3cret@host/score"])
+    with open_run(tmp_path, text(reward={"url": "https://me:s3cret@host/score"}), PRINTS):
+        pass
+    for path in tmp_path.iterdir():
+        assert "s3cret" not in path.read_text()
+    assert environment()["command"][-1] == "reward.url=https://***@host/score"
+
+
+def test_sync_reaches_the_files_of_lines(tmp_path, monkeypatch):
+    synced = []
+    with open_run(tmp_path, text(), PRINTS) as run:
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        monkeypatch.setattr("rlhf_jax.integrity.sync_path", lambda path: synced.append(path.name))
+        run.sync()
+    assert synced == ["metrics.jsonl"]
