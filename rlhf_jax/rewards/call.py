@@ -20,7 +20,7 @@ def call(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Out
     """
     errors: list[BaseException] = []
     pool = ThreadPool(1)
-    result = pool.apply_async(function, arguments, error_callback=errors.append)
+    result = pool.apply_async(_contained, (function, arguments), error_callback=errors.append)
     pool.close()
     result.wait(timeout_s)
     if not result.ready():
@@ -28,6 +28,13 @@ def call(function: Callable[..., Any], *arguments: Any, timeout_s: float) -> Out
     if not result.successful():
         return Outcome(error=errors[0])
     return Outcome(value=result.get())
+
+
+def _contained(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # these would end the thread without an answer
+        raise RuntimeError(f"raised {type(error).__name__}") from error
 
 
 def explain(error: BaseException, file: str | None = None) -> str:

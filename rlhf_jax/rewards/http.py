@@ -127,6 +127,8 @@ def _limited(response: http.client.HTTPResponse, sock: Any, deadline: float) -> 
             raise TimeoutError("the answer took too long")
         if sock is not None and sock.fileno() >= 0:
             sock.settimeout(left)
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
     return b"".join(blocks)
 
 

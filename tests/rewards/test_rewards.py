@@ -1,0 +1,190 @@
+"""Host rewards: shipped ones, a user's file, several with weights, and failures that are named and never scored."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.config import Reward, RewardFunction
+from rlhf_jax.data.tasks import TASKS
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards import REWARDS, RewardError, checked, load_function, make_reward
+from rlhf_jax.types import RewardInput
+
+ROOT = Path(__file__).parents[2]
+
+
+def _batch(responses: list[str], finished: list[bool] | None = None, **columns: list) -> RewardInput:
+    prompts = [f"prompt {n}" for n in range(len(responses))]
+    return RewardInput(prompts, responses, np.asarray(finished or [True] * len(responses)), columns)
+
+
+def _file(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def _run(target: str, batch: RewardInput, timeout_s: float = 20.0, **options: object) -> np.ndarray:
+    entry = RewardFunction(function=target, options=options)
+    return make_reward(Reward(functions=(entry,), timeout_s=timeout_s), TASKS["reviews"].tokenizer())(batch)[0]
+
+
+def test_regex():
+    batch = _batch(["<think>a\nb</think> c", "c"])
+    assert _run("regex", batch, pattern="<think>.*</think>").tolist() == [1.0, 0.0]
+    assert _run("regex", batch, pattern="c", full=True, match=0.5, otherwise=-0.5).tolist() == [-0.5, 0.5]
+    with pytest.raises(RewardError, match="no regular expression"):
+        _run("regex", batch, pattern="(")
+
+
+def test_length():
+    batch = _batch(["a b c d", "", "a b"])
+    assert _run("length", batch, minimum=1, maximum=2, per_unit=0.5).tolist() == [-1.0, -0.5, 0.0]
+    assert _run("length", batch, maximum=3, per_unit=1.0, unit="characters").tolist() == [-4.0, 0.0, 0.0]
+    assert _run("length", _batch(["the hotel", "the"]), maximum=1, per_unit=1.0, unit="tokens").tolist() == [-1.0, 0.0]
+    with pytest.raises(RewardError, match="none of words, characters, tokens"):
+        _run("length", batch, unit="pages")
+    with pytest.raises(RewardError, match="0 <= minimum <= maximum"):
+        _run("length", batch, minimum=3, maximum=2)
+
+
+def test_repetition():
+    batch = _batch(["a b c a b c a b c", "a b c d", "a", "", "A b a B"])
+    expected = [-(1 - 3 / 7), 0.0, 0.0, 0.0, 0.0]
+    np.testing.assert_allclose(_run("repetition", batch), expected, rtol=1e-6)
+    np.testing.assert_allclose(_run("repetition", batch, ngram=2, penalty=3.0)[-1], -1.0, rtol=1e-6)
+    with pytest.raises(RewardError, match="at least 1"):
+        _run("repetition", batch, ngram=0)
+
+
+def test_exact():
+    batch = _batch([" 46", "46", "45"], [True, False, True], answer=[46, "46", "46"])
+    assert _run("exact", batch).tolist() == [1.0, 0.0, 0.0]
+    assert _run("exact", batch, must_finish=False, wrong=-1.0).tolist() == [1.0, 1.0, -1.0]
+    with pytest.raises(RewardError, match="no column 'answer'"):
+        _run("exact", _batch(["1"], truth=["1"]))
+
+
+def test_a_function_of_the_users_gets_columns_and_options(tmp_path: Path):
+    target = _file(
+        tmp_path / "mine.py",
+        "from dataclasses import dataclass\n@dataclass\nclass Bonus:\n    size: float\n"
+        "def score(batch, *, scale=1.0):\n"
+        "    return [scale * len(r) + Bonus(d).size for r, d in zip(batch.responses, batch.columns['bonus'])]\n",
+    )
+    assert _run(f"{target}:score", _batch(["a", "bb"], bonus=[0.5, 0.25]), scale=2.0).tolist() == [2.5, 4.25]
+
+
+def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
+    target = _file(tmp_path / "mine.py", "def length(batch):\n    return [1.5] * len(batch.responses)\n")
+    functions = (
+        RewardFunction(function="length", weight=2.0, options={"maximum": 1, "per_unit": 0.5}),
+        RewardFunction(function=f"{target}:length", weight=-1.0),
+    )
+    total, parts = make_reward(Reward(functions=functions))(_batch(["a b c", "a"]))
+    assert {name: value.tolist() for name, value in parts.items()} == {
+        "reward/length": [-1.0, 0.0],
+        "reward/length_2": [1.5, 1.5],
+    }
+    assert total.tolist() == [-3.5, -1.5]
+    assert total.dtype == np.float32
+    assert make_reward(Reward())(_batch(["a"]))[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "pieces"),
+    [
+        ("return [1.0, float('nan'), 2.0]", ("sample 1 got nan", "'prompt 1'")),
+        ("return [float('inf')] * 3", ("sample 0 got inf",)),
+        ("return [1.0, 1e300, 0]", ("sample 1 got 1e+300",)),
+        ("return [0, None, 1]", ("sample 1 got None",)),
+        ("return [0, 1, '2']", ("sample 2 got '2'",)),
+        ("return [0, 1, [2]]", ("sample 2 got list",)),
+        ("return [0, 1]", ("returned 2 values for 3 samples",)),
+        ("return None", ("returned None",)),
+        ("return 3.0", ("returned float",)),
+        ("return 'abc'", ("returned str",)),
+        ("return {0: 1, 1: 2, 2: 3}", ("returned dict",)),
+        (
+            "return [1 / len(r) for r in batch.responses]",
+            ("raised ZeroDivisionError", "mine.py:2", "sample 1, prompt 'prompt 1'"),
+        ),
+        ("raise KeyError('x')", ("raised KeyError", "sample 0")),
+        ("import sys; sys.exit(0)", ("RuntimeError: raised SystemExit",)),
+        ("if len(batch.responses) > 1: raise RuntimeError('batch')", ("not on any one sample",)),
+    ],
+)
+def test_what_is_no_reward_stops_the_run_and_is_never_zero(tmp_path: Path, body: str, pieces: tuple[str, ...]):
+    target = _file(tmp_path / "mine.py", f"def score(batch):\n    {body}\n")
+    with pytest.raises(RewardError) as caught:
+        _run(f"{target}:score", _batch(["a", "", "c"]))
+    assert all(piece in str(caught.value) for piece in pieces), str(caught.value)
+    assert isinstance(caught.value, UserError)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_reward_that_does_not_answer_is_left_behind(tmp_path: Path):
+    target = _file(tmp_path / "mine.py", "import time\ndef score(batch):\n    time.sleep(3600)\n")
+    begun = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer for 1 samples within 0.2 s; raise reward.timeout_s"):
+        _run(f"{target}:score", _batch(["a"]), timeout_s=0.2)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_hung_reward_does_not_keep_the_process_alive(tmp_path: Path):
+    code = "import time; from rlhf_jax.rewards.call import call; print(call(time.sleep, 3600, timeout_s=0.1).late)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    assert run.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "pieces"),
+    [
+        (None, "score", ("no file",)),
+        ("def score(batch:\n", "score", ("mine.py:1: not Python",)),
+        ("x = 1\n\nraise ValueError('boom')\n", "score", ("does not run: ValueError: boom", "mine.py:3")),
+        ("import no_such_module_here\n", "score", ("ModuleNotFoundError",)),
+        ("def other(b): return []\ndef third(b): return []\n", "score", ("no function 'score'", "other, third")),
+        ("score = 3\n", "score", ("is a int, not a function",)),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, content: str | None, name: str, pieces: tuple[str, ...]):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_function(f"{path}:{name}")
+    assert all(piece in str(caught.value) for piece in pieces), str(caught.value)
+
+
+def test_only_an_explicit_path_is_run():
+    with pytest.raises(UserError, match=r"neither a shipped reward nor path/to/file.py:function"):
+        load_function("lenght")
+    with pytest.raises(UserError, match="neither a shipped reward"):
+        load_function("os.system:")
+
+
+@pytest.mark.parametrize(
+    ("options", "piece"),
+    [({"patern": "a"}, "takes no option 'patern'"), ({}, "needs the option 'pattern'")],
+)
+def test_options_are_checked_before_anything_runs(options: dict, piece: str):
+    with pytest.raises(UserError, match=piece):
+        make_reward(Reward(functions=(RewardFunction(function="regex", options=options),)))
+    with pytest.raises(UserError, match="finite"):
+        make_reward(Reward(functions=(RewardFunction(function="length", weight=float("nan")),)))
+
+
+def test_checked_accepts_numbers_of_every_kind():
+    values = [1, np.float32(2.5), np.int64(3), True]
+    assert checked(values, 4, "x", ["p"] * 4).tolist() == [1.0, 2.5, 3.0, 1.0]
+    assert checked(np.ones((2,), np.float16), 2, "x", ["p"] * 2).dtype == np.float32
+
+
+def test_every_shipped_reward_takes_an_empty_batch():
+    options = {"regex": {"pattern": "a"}}
+    for name in REWARDS:
+        assert _run(name, _batch([], answer=[]), **options.get(name, {})).shape == (0,)
