@@ -1,58 +1,63 @@
-"""`rlhf-jax runs DIR`: the runs below a directory, how far each is, and which of their checkpoints can be trusted."""
+"""What lies in a directory of runs: how far each came, and whether every byte of its checkpoints is as it was written."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhf_jax import integrity, shelf
 from rlhf_jax.errors import UserError
-from rlhf_jax.shelf import size_text
+
+_RECORD, _DEPTH = "run.json", 3
 
 
-def describe(directory: Path) -> str:
-    """Every run in `directory` (itself, or below it) with its checkpoints, each verified byte by byte. Changes nothing."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; give the out=… of a run, or a directory of several")
-    found = sorted({path.parent for name in ("run.json", "checkpoints") for path in directory.glob(f"**/{name}")})
-    found = [path for path in found if not path.is_relative_to(directory / "checkpoints")]
+def describe(directory: Path) -> tuple[str, bool]:
+    """Text about every run below a directory, and whether all checkpoints are good. UserError where there is no run."""
+    found = sorted(_runs(directory, _DEPTH))
     if not found:
-        raise UserError(f"{directory} holds no run: neither run.json nor checkpoints/ is below it")
-    return "\n\n".join("\n".join(_describe_run(path)) for path in found)
+        raise UserError(
+            f"{directory}: no run there (a directory with {_RECORD}); name a run's out=…, or a directory that holds some"
+        )
+    pages = [_describe(run) for run in found]
+    return "\n".join(line for lines, _ in pages for line in lines), all(good for _, good in pages)
 
 
-def _describe_run(run: Path) -> list[str]:
-    record, summary = _json(run / "run.json"), _json(run / "summary.json")
-    steps = record.get("config", {}).get("steps", summary.get("total_steps", "?"))
-    done = record.get("completed_step")
-    status = "complete" if done is not None else summary.get("status", "started")
-    head = (
-        f"{run}: {summary.get('stage', 'run')}, step {done if done is not None else summary.get('step', 0)} of {steps}, {status}"
-    )
-    if record.get("starts"):
-        head += f", started {len(record['starts'])} times since {record['starts'][0]['time']}"
-    directory = run / "checkpoints"
-    latest = integrity.read_latest(directory, lambda text: None) if directory.is_dir() else None
-    meaning = {shelf.BROKEN: "damaged, set aside", shelf.PARTIAL: "not finished", shelf.RETIRED: "being deleted"}
-    lines = [_describe_checkpoint(step, path, latest) for step, path in sorted(shelf.finished(directory))]
-    rest = sorted(path for path in directory.iterdir() if path.suffix in meaning) if directory.is_dir() else []
-    lines += [f"  {path.name}  {meaning[path.suffix]}" for path in rest]
-    return [head, *(lines or ["  no checkpoint"])]
+def _runs(directory: Path, depth: int) -> Iterator[Path]:
+    if (directory / _RECORD).is_file():
+        yield directory
+    elif depth and directory.is_dir():
+        for child in directory.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                yield from _runs(child, depth - 1)
 
 
-def _describe_checkpoint(step: int, path: Path, latest: int | None) -> str:
-    found = integrity.problems(path, step=step)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    told = _json(path / shelf.DESCRIPTION)
-    text = f"  {step:>8}  {told.get('time', '?'):20}  {size_text(size):>10}"
-    text += f"  {len(told.get('leaves', {}))} arrays, {told.get('devices', '?')} devices, jax {told.get('jax', '?')}"
-    state = f"DAMAGED: {found[0]}" + (f" (and {len(found) - 1} more)" if len(found) > 1 else "") if found else "good"
-    return f"{text}  {state}" + ("  <- LATEST" if step == latest else "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where the file is missing or damaged: this page describes, it does not judge."""
+def _describe(run: Path) -> tuple[list[str], bool]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        record = json.loads((run / _RECORD).read_text(encoding="utf-8"))
+        starts, done = record["starts"], record["completed_step"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{run}: {_RECORD} is damaged; put back a copy"], False
+    began = f", begun {starts[0]['time']}, {len(starts)} start{'s' * (len(starts) != 1)}" if starts else ""
+    lines, good = [f"{run}: {'not finished' if done is None else f'finished at step {done}'}{began}"], True
+    checkpoints = run / "checkpoints"
+    latest = integrity.read_latest(checkpoints, lines.append) if checkpoints.is_dir() else None
+    saved = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+    for path in sorted((path for path in saved if path.name.isdigit()), key=lambda path: int(path.name)):
+        wrong = integrity.problems(path, step=int(path.name))
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        state = "damaged" if wrong else "good"
+        latest_mark = ", latest" if path.name == str(latest) else ""
+        lines.append(f"  step {path.name}: {state}, {size / 1e6:.1f} MB{_description(path)}{latest_mark}")
+        lines += [f"    {line}" for line in wrong[:5]]
+        good = good and not wrong
+    meaning = {shelf.BROKEN: "damaged, set aside", shelf.PARTIAL: "not finished", shelf.RETIRED: "being deleted"}
+    lines += [f"  {path.name}: {meaning[path.suffix]}" for path in sorted(saved) if path.suffix in meaning]
+    return lines, good
+
+
+def _description(checkpoint: Path) -> str:
+    """When it was saved, on how many devices, how many arrays; empty where that is not told."""
+    try:
+        told = json.loads((checkpoint / shelf.DESCRIPTION).read_bytes())
+        return f", {told['time']}, {len(told['leaves'])} arrays, {told['devices']} devices, jax {told['jax']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
