@@ -13,7 +13,7 @@ make_venv constraints-dev.txt
 bin=.venv/bin
 if [ -n "$torch" ]; then
   # No hashes: CPU and CUDA builds of one version differ, and which of them is at hand depends on the machine.
-  "$bin/python" -c 'import torch' 2>/dev/null || "$bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+  "$bin/python" -c 'import torch' 2>/dev/null || { pip_install torch==2.13.0 && warm_up torch; }
 fi
 if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
