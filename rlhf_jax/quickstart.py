@@ -83,13 +83,13 @@ def train_scorer(out: Path, tuned: Path, pairs: Path, count: int, seed: int) -> 
     settings = config.RewardRun(
         out=str(out),
         seed=seed,
-        steps=150,
+        steps=70,
         model=config.Model(path=str(tuned)),
         data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=held_out / (count + held_out)),
-        optimizer=config.Optimizer(learning_rate=1e-3, beta2=0.99, eps=1e-8, warmup_steps=10),
+        optimizer=config.Optimizer(learning_rate=6e-4, beta2=0.99, eps=1e-8, warmup_steps=10),
         reward_model=config.RewardModelLoss(centering_coef=0.01),
         save=config.Save(every=0),
-        log=config.Log(eval_every=50),
+        log=config.Log(eval_every=35),
     )
     return offline.run("reward", settings) / "final"
 
@@ -120,7 +120,7 @@ def policy_settings(
     data: config.Data,
     response: int,
     steps: int,
-    kl_coef: float = 0.02,
+    kl_coef: float = 0.03,
     rate: float = 3e-4,
     scorer: Path | None = None,
 ) -> config.PPORun:
@@ -138,12 +138,12 @@ def policy_settings(
         actor_optimizer=optimizer,
         critic_optimizer=dataclasses.replace(optimizer, learning_rate=1e-3),
         save=config.Save(every=0),
-        log=config.Log(eval_every=10),
+        log=config.Log(eval_every=8),
     )
 
 
 def train_policy(
-    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.02, rate: float = 3e-4, steps: int = 30
+    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.03, rate: float = 3e-4, steps: int = 24
 ) -> Path:
     data = config.Data(task="reviews", max_prompt_tokens=8)
     settings = policy_settings(

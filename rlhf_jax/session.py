@@ -72,12 +72,12 @@ class Session:
             self.checkpoints.wait()
             raise self.interrupts.stopped(step)
         if self.evaluation_due(step):
+            self.recorder.summary()
             self.show()
         self.watchdog.pause()
 
     def show(self) -> None:
-        """Write report.html and summary.json anew."""
-        self.recorder.summary()
+        """Write report.html anew."""
         if parallel.is_main_process():
             report.write_report([self.directory.path], self.directory.path / "report.html")
 
