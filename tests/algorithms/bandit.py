@@ -1,0 +1,112 @@
+"""A task with a known answer for every algorithm: a table of logits must learn p -> p + 3 -> end-of-sequence.
+
+Prompts are one token, 0 to 2; the right answer to p is the token p + 3 and then end-of-sequence (6); 7 is padding. The model is
+`testing.markov_model`, so the probability of the right answer is known exactly: softmax(table[p])[p+3] softmax(table[p+3])[6].
+The whole run is one pure function, so seeds are a `map`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import config, sampling, scoring, testing
+from rlhf_jax.algorithms.training import Algorithm
+from rlhf_jax.types import Frozen, Moments, Preferences, Prompts, Rollout, RunState, Sequences, TrainState
+
+VOCAB, EOS, PAD, R = 8, 6, 7, 3
+MODEL = testing.markov_model(VOCAB)
+SAMPLING = config.Sampling(max_new_tokens=R)
+
+
+def right_probability(params: dict[str, jax.Array]) -> jax.Array:
+    """Mean over prompts of the probability of the right answer, f32[]."""
+    p = jax.nn.softmax(params["table"], -1)
+    prompts = jnp.arange(3)
+    return jnp.mean(p[prompts, prompts + 3] * p[prompts + 3, EOS])
+
+
+def score(rollout: Rollout) -> jax.Array:
+    """0.7 for the right first token, 0.6 more for the end-of-sequence right after it: f32[B], reward units."""
+    first, second = rollout.tokens[:, -R], rollout.tokens[:, -R + 1]
+    right = first == rollout.tokens[:, 0] + 3
+    return 0.7 * right + 0.6 * (right & (second == EOS))
+
+
+def run_state(params, actor_tx, critic=None, critic_tx=None, kl_coef=0.0) -> RunState:
+    def trained(tree, tx):
+        return None if tree is None else TrainState(step=jnp.int32(0), params=tree, opt_state=tx.init(tree))
+
+    zero = jnp.float32(0.0)
+    return RunState(
+        step=jnp.int32(0),
+        cursor=jnp.int32(0),
+        actor=trained(params, actor_tx),
+        critic=trained(critic, critic_tx),
+        ema=None,
+        kl_coef=jnp.float32(kl_coef),
+        scores=Moments(count=zero, mean=zero, m2=zero),
+        best=zero,
+        bad_steps=jnp.int32(0),
+        alarms=jnp.zeros(1, jnp.int32),
+    )
+
+
+def online(algorithm: Algorithm, *, steps: int = 80, answers: int = 48, learning_rate: float = 0.15, kl_coef: float = 0.0):
+    """seed key -> (probability of the right answer before, after, metrics of every step); pure, to be jitted and mapped."""
+    group = algorithm.group_size
+    actor_tx, critic_tx = optax.adam(learning_rate), optax.adam(learning_rate)
+    sample = sampling.make_sampler(MODEL, SAMPLING, stop_ids=(EOS,), pad_id=PAD, samples=group)
+    greedy = sampling.make_sampler(MODEL, config.Sampling(max_new_tokens=R, temperature=0.0), stop_ids=(EOS,), pad_id=PAD)
+    critic = MODEL if "critic" in algorithm.needs else None
+    judge = scoring.make_scorer(MODEL, critic, needs=algorithm.needs)
+    policy = scoring.make_policy_apply(MODEL, kl_model=MODEL if "kl" in algorithm.needs else None)
+    update = algorithm.make_update(policy, None if critic is None else scoring.make_value_apply(MODEL), actor_tx, critic_tx)
+    count = answers // group
+    prompts = Prompts(
+        tokens=(jnp.arange(count, dtype=jnp.int32) % 3)[:, None],
+        mask=jnp.ones((count, 1), bool),
+        index=jnp.arange(count, dtype=jnp.int32),
+    )
+
+    def learn(key: jax.Array):
+        params = jax.tree.map(lambda x: 0.3 * x, MODEL.init(jax.random.fold_in(key, 0)))
+        frozen = Frozen(reference=params)
+        value = None if critic is None else jax.tree.map(jnp.zeros_like, params)
+        state = run_state(params, actor_tx, value, critic_tx, kl_coef)
+
+        def step(state: RunState, now: jax.Array):
+            rollout = sample(state.actor.params, prompts, now)
+            scores = score(rollout)
+            scored = judge(state.actor.params, None if state.critic is None else state.critic.params, frozen, rollout)
+            if "greedy" in algorithm.needs:
+                scored = scored.replace(greedy_score=score(greedy(state.actor.params, prompts, now)))
+            experience, shaping = algorithm.make_experience(rollout, scores, scored, state.kl_coef)
+            state, metrics = update(state, experience, now, frozen)
+            return state, shaping | metrics
+
+        state, metrics = jax.lax.scan(step, state, jax.random.split(jax.random.fold_in(key, 1), steps))
+        return right_probability(params), right_probability(state.actor.params), metrics
+
+    return learn
+
+
+def seeds(learn, number: int = 3):
+    """Run every seed in one program, one after the other: that compiles faster than a `vmap`, which would do as well."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(number))
+    return jax.jit(lambda keys: jax.lax.map(learn, keys))(keys)
+
+
+def pairs(count: int = 12) -> Preferences:
+    """Right answers against wrong ones (a wrong first token, or no end-of-sequence), right-padded: [prompt, answer, end]."""
+    prompt = jnp.arange(count, dtype=jnp.int32) % 3
+    ending = jnp.where(jnp.arange(count) % 2 == 0, EOS, prompt)
+    other = jnp.where(jnp.arange(count) % 2 == 0, (prompt + 1) % 3 + 3, prompt + 3)
+
+    def rows(first, second):
+        tokens = jnp.stack([prompt, first, second], 1).astype(jnp.int32)
+        mask = jnp.ones(tokens.shape, bool)
+        return Sequences(tokens=tokens, mask=mask, target_mask=mask & (jnp.arange(3) > 0)[None])
+
+    return Preferences(chosen=rows(prompt + 3, jnp.full(count, EOS)), rejected=rows(other, ending))
