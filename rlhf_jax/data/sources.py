@@ -30,6 +30,7 @@ _READ = 1 << 22
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 _BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BadRow(UserError):
@@ -155,7 +156,16 @@ def _parse(raw: bytes, where: Callable[[], str]) -> dict[str, Any]:
         raise BadRow(
             f'{where()}:1: a row must be a JSON object such as {{"prompt": "…"}}, found {type(value).__name__} {_excerpt(raw, 0)}'
         )
-    return value
+    # JSON can spell half of a surrogate pair, which no UTF-8 file (metrics, report, tokenizer) can hold: it becomes U+FFFD.
+    return _clean(value) if _SURROGATE.search(raw) else value
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _excerpt(raw: bytes, at: int) -> str:

@@ -74,6 +74,8 @@ class Table:
 
 def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Source], list[float]]:
     """The sources that a configuration names, with their weights: `path`, `sources` or `task`, exactly one of them."""
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit = {data.limit}: must be at least 1 row; leave it out to read all")
     given = [key for key in ("path", "sources", "task") if getattr(data, key)]
     if len(given) != 1:
         found = " and ".join(f"data.{key}" for key in given) or "none"

@@ -43,7 +43,6 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
         chat_template=own if template is None else template,
         more_eos=_generation_eos(directory),
         source=directory if directory.is_dir() else None,
-        own_template=template is None,
     )
 
 
@@ -74,7 +73,7 @@ def _from_transformers(directory: Path, name: str) -> tuple[Any, dict[str, str |
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         have = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else "no such directory"
         raise UserError(

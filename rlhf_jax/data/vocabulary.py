@@ -35,7 +35,6 @@ class Tokenizer:
     chat_template: str | None
     policies: tuple[str, ...]  # what was decided where the files are silent
     source: Path | None  # directory it was read from; its files are exported verbatim
-    own_template: bool = True  # the template came with the tokenizer
     vocab_size: int = 0
     hash: str = ""
 
@@ -180,7 +179,6 @@ def make_tokenizer(
     chat_template: str | None = None,
     more_eos: Iterable[int] = (),
     source: Path | None = None,
-    own_template: bool = True,
 ) -> Tokenizer:
     """A record around a `tokenizers.Tokenizer`: decides what the files leave open, and says so in `policies`.
 
@@ -228,7 +226,6 @@ def make_tokenizer(
         chat_template=chat_template,
         policies=tuple(policies),
         source=source,
-        own_template=own_template,
         vocab_size=backend.get_vocab_size(),
         hash=body.hexdigest()[:16],
     )

@@ -356,6 +356,15 @@ def test_the_fingerprint_follows_data_and_tokenizer(bpe: Tokenizer):
     assert len({base, *others}) == 7
 
 
+def test_a_limit_reads_the_first_rows(bpe: Tokenizer, tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in _sft_rows()))
+    data = dataclasses.replace(DATA, path=str(path), limit=10, eval_fraction=0.0)
+    assert make_sft_data(data, bpe, seed=0, batch_size=10).tables.counts()["rows"] == 10
+    with pytest.raises(UserError, match=r"data\.limit = 0"):
+        make_sft_data(dataclasses.replace(data, limit=0), bpe, seed=0, batch_size=1)
+
+
 def test_shapes_shrink_to_what_the_data_needs(bpe: Tokenizer):
     data = make_sft_data(dataclasses.replace(DATA, max_tokens=4096), bpe, seed=0, batch_size=4, rows=_sft_rows())
     assert data.length % 8 == 0

@@ -117,6 +117,12 @@ def test_missing_file_and_directory(tmp_path: Path):
         open_source(str(tmp_path))
 
 
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path):
+    line = rb'{"a": "x\ud83d", "b": ["\ud83d\ude00", {"\uDC00": 1}], "c": "\\ud83d"}'
+    row = open_source(_write(tmp_path / "a.jsonl", line)).read(0)
+    assert row == {"a": "x\ufffd", "b": ["😀", {"\ufffd": 1}], "c": "\\ud83d"}
+
+
 def test_elements_of_an_array_that_are_no_rows_are_bad_rows(tmp_path: Path):
     source = open_source(_write(tmp_path / "a.json", b'[{"a": 1}, 3]'))
     with pytest.raises(BadRow, match="must be a JSON object"):
