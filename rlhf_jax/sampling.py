@@ -7,7 +7,7 @@ log-probabilities are those of the distribution that was sampled, filters includ
 so that scoring can replay them. Slots [0, P) of the cache hold the left-padded prompt, slot P + t the response's token t, in
 every row the same slot: one `dynamic_update_slice` a step. Positions are counted from a row's own first token.
 
-`rlhf_jax.refill` answers many prompts in fewer slots by refilling rows that have finished.
+`continuous.py` answers many prompts in few rows by refilling those that have finished.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def generate(
     collect_kept: bool | None = None,
 ) -> tuple[Rollout, jax.Array]:
     """Answer the prompts; beside the rollout the number of decoding steps taken, i32[], at most R - 1."""
-    check_prompts(prompts)
+    prompts = started(prompts)
     params = model.for_decoding(params)
     width, responses = prompts.tokens.shape[1], sampling.max_new_tokens
     hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, width + responses)
@@ -226,21 +226,24 @@ def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), prompts).replace(sample=number)
 
 
+def cache_shapes(model: Model, params: Params, batch: int, width: int, slots: int) -> Any:
+    """Shapes and dtypes of the cache of `batch` prompts of `width` tokens with room for `slots`."""
+    tokens = jax.ShapeDtypeStruct((batch, width), jnp.int32)
+    mask = jax.ShapeDtypeStruct((batch, width), jnp.bool_)
+    return jax.eval_shape(lambda p, x, m: model.prefill(p, x, m, slots)[1], params, tokens, mask)
+
+
 def cache_axes(model: Model, params: Params, prompts: Prompts, slots: int) -> tuple[Any, Any]:
     """Which axis of every leaf of the cache is the batch, which the slots (-1: none): found by asking for other sizes."""
-
-    def shapes(batch: int, slots: int) -> Any:
-        tokens = jax.ShapeDtypeStruct((batch, prompts.tokens.shape[1]), jnp.int32)
-        mask = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
-        return jax.eval_shape(lambda p, x, m: model.prefill(p, x, m, slots)[1], params, tokens, mask)
+    batch, width = prompts.tokens.shape
 
     def differing(one: jax.ShapeDtypeStruct, other: jax.ShapeDtypeStruct) -> int:
         places = [axis for axis, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if sizes[0] != sizes[1]]
         return places[0] if places else -1
 
-    batch = prompts.tokens.shape[0]
-    base = shapes(batch, slots)
-    return jax.tree.map(differing, base, shapes(2 * batch, slots)), jax.tree.map(differing, base, shapes(batch, 2 * slots))
+    base = cache_shapes(model, params, batch, width, slots)
+    rows = jax.tree.map(differing, base, cache_shapes(model, params, 2 * batch, width, slots))
+    return rows, jax.tree.map(differing, base, cache_shapes(model, params, batch, width, 2 * slots))
 
 
 def repeat_cache(model: Model, params: Params, cache: Any, prompts: Prompts, samples: int) -> Any:
@@ -251,12 +254,17 @@ def repeat_cache(model: Model, params: Params, cache: Any, prompts: Prompts, sam
     return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else jnp.repeat(leaf, samples, axis=axis), cache, rows)
 
 
-def check_prompts(prompts: Prompts) -> None:
-    """Static checks of shapes."""
+def started(prompts: Prompts) -> Prompts:
+    """Prompts of which every row has a token: one without any starts from the padding token in its last column.
+
+    Sampler and scorer must condition an empty prompt's first response token on the same thing, so the rollout's mask says so.
+    """
     chex.assert_rank([prompts.tokens, prompts.mask, prompts.index], [2, 2, 1])
     chex.assert_equal_shape([prompts.tokens, prompts.mask])
     if prompts.tokens.shape[1] == 0:
         raise UserError("prompts have width 0; the response's first token needs at least one column before it: pad to width 1")
+    empty = ~prompts.mask.any(-1)
+    return prompts.replace(mask=prompts.mask.at[:, -1].set(prompts.mask[:, -1] | empty))
 
 
 def check(model: Model, sampling: config.Sampling, stop_ids: tuple[int, ...], pad_id: int) -> None:

@@ -112,7 +112,7 @@ def draw(scores: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Arra
 
 def block_count(vocab_size: int) -> int:
     """Blocks of `draw`: about sqrt(V), a power of two that divides V where there is one, so that a sharded V stays in place."""
-    wanted = 2 ** (max(vocab_size, 1).bit_length() // 2)
+    wanted = 2 ** ((vocab_size.bit_length() - 1) // 2)
     dividing = math.gcd(vocab_size, wanted)
     return dividing if dividing * 8 >= wanted else wanted
 

@@ -1,0 +1,190 @@
+"""Scores of sequences against float64 recurrences, against the sampler, and their gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import config, models, ops, sampling, scoring, testing
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Calibration, Frozen, Rollout, Scored, Sequences
+
+V, P, R, DECAY = 7, 5, 9, 0.6
+MODEL = testing.markov_model(V, decay=DECAY)
+ACTOR, CRITIC, REFERENCE = (MODEL.init(jax.random.key(i)) for i in range(3))
+EVERYTHING = frozenset({"critic", "reference", "kl", "entropy"})
+
+
+@functools.cache
+def answers(**keys) -> Rollout:
+    how = config.Sampling(**{"max_new_tokens": R} | keys)
+    sample = jax.jit(sampling.make_sampler(MODEL, how, stop_ids=(1, 2), pad_id=0))
+    return sample(ACTOR, testing.random_prompts(0, 6, P, V, shortest=0), jax.random.key(0))
+
+
+def logprob_rows(params, rollout: Rollout, temperature: float) -> np.ndarray:
+    """Log-probabilities of every token before each response token, f64[B, R, V], on the kept tokens."""
+    logits = testing.history_logits(params, rollout.tokens, rollout.mask, decay=DECAY)[:, P - 1 : -1] / temperature
+    if rollout.kept is not None:
+        kept = np.asarray(ops.unpack_kept(rollout.kept, V)) | ~np.asarray(rollout.action_mask)[..., None]
+        logits = np.where(kept, logits, -np.inf)
+    return testing.log_softmax(logits)
+
+
+def chosen(rows: np.ndarray, rollout: Rollout) -> np.ndarray:
+    picked = np.take_along_axis(rows, np.asarray(rollout.tokens)[:, P:, None], 2)[..., 0]
+    return np.where(rollout.action_mask, picked, 0.0)
+
+
+@pytest.mark.parametrize("keys", [{"temperature": 0.7}, {"temperature": 1.4, "top_p": 0.8}], ids=["temperature", "filters"])
+def test_everything_about_a_rollout(keys: dict):
+    rollout = answers(**keys)
+    score = jax.jit(scoring.make_scorer(MODEL, MODEL, temperature=keys["temperature"], chunk=4, needs=EVERYTHING))
+    scored: Scored = score(ACTOR, CRITIC, Frozen(reference=REFERENCE), rollout)
+    actor, reference = (logprob_rows(params, rollout, keys["temperature"]) for params in (ACTOR, REFERENCE))
+    np.testing.assert_allclose(scored.logprobs, chosen(actor, rollout), atol=3e-6)
+    np.testing.assert_allclose(scored.logprobs, rollout.logprobs, atol=3e-6)
+    np.testing.assert_allclose(scored.ref_logprobs, chosen(reference, rollout), atol=3e-6)
+    p = np.exp(actor)
+    finite = np.where(p > 0, actor, 0.0)
+    np.testing.assert_allclose(scored.entropy, np.where(rollout.action_mask, -(p * finite).sum(-1), 0), atol=3e-6)
+    kl = (p * (finite - np.where(p > 0, reference, 0.0))).sum(-1)
+    np.testing.assert_allclose(scored.kl, np.where(rollout.action_mask, kl, 0), atol=5e-6)
+    values = testing.history_scores(CRITIC, rollout.tokens, rollout.mask, decay=DECAY)
+    np.testing.assert_allclose(scored.values, np.where(rollout.action_mask, values[:, P - 1 : -1], 0), atol=5e-6)
+    np.testing.assert_allclose(scored.bootstrap, values[:, -1], atol=5e-6)  # the recurrence stands still after the last token
+
+
+def test_only_what_is_needed_and_old_logprobs_from_the_rollout():
+    rollout = answers(temperature=0.7)
+    calls = []
+    spy = testing.markov_model(V, decay=DECAY)
+    object.__setattr__(spy, "hidden", lambda *args, **kw: calls.append(1) or MODEL.hidden(*args, **kw))
+    scored = scoring.make_scorer(spy, needs=(), old_logprobs="rollout")(ACTOR, None, Frozen(), rollout)
+    assert not calls
+    np.testing.assert_array_equal(scored.logprobs, rollout.logprobs)
+    assert scored.values is scored.bootstrap is scored.ref_logprobs is scored.kl is scored.entropy is None
+    scored = scoring.make_scorer(spy, temperature=0.7, needs={"entropy"}, old_logprobs="rollout")(ACTOR, None, Frozen(), rollout)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(scored.logprobs, rollout.logprobs)
+    assert scored.entropy is not None
+
+
+def test_trained_and_frozen_parameters_are_joined():
+    """As with LoRA: what is trained wins over the frozen base, and the base is the reference."""
+    rollout = answers(temperature=0.7)
+    score = scoring.make_scorer(MODEL, MODEL, temperature=0.7)
+    frozen = Frozen(actor=REFERENCE, critic={"scores": CRITIC["scores"]})
+    scored = score({"table": ACTOR["table"]}, {"table": CRITIC["table"]}, frozen, rollout)
+    alone = score(ACTOR, CRITIC, Frozen(reference=REFERENCE), rollout)
+    for name in ("logprobs", "ref_logprobs", "values", "bootstrap"):
+        np.testing.assert_array_equal(getattr(scored, name), getattr(alone, name), err_msg=name)
+    with pytest.raises(UserError, match="neither a reference nor the base"):
+        scoring.make_scorer(MODEL, needs={"reference"})(ACTOR, None, Frozen(), rollout)
+
+
+def test_padding_reaches_neither_values_nor_gradients():
+    """NaN in the padding's hidden states leaves every result and gradient as it was."""
+    rollout = answers(temperature=0.7)
+
+    def poisoned(params, tokens, mask, **keys):
+        hidden = MODEL.hidden(params, tokens, mask, **keys)
+        ends = jnp.cumsum(mask[:, ::-1], 1)[:, ::-1] == 0  # after the last token
+        return jnp.where(ends[..., None], jnp.nan, hidden)
+
+    bad = testing.markov_model(V, decay=DECAY)
+    object.__setattr__(bad, "hidden", poisoned)
+
+    def loss(model, params):
+        apply = scoring.make_policy_apply(model, temperature=0.7, chunk=4, entropy=True, kl_model=MODEL)
+        scored = apply(params, Frozen(reference=REFERENCE), rollout)
+        values = scoring.make_value_apply(model)(params, Frozen(), rollout)
+        mask = rollout.action_mask
+        return sum(ops.masked_sum(x * x, mask) for x in (scored.logprobs, scored.entropy, scored.kl, values))
+
+    for one, other in zip(
+        jax.tree.leaves(jax.jit(jax.value_and_grad(functools.partial(loss, bad)))(ACTOR)),
+        jax.tree.leaves(jax.jit(jax.value_and_grad(functools.partial(loss, MODEL)))(ACTOR)),
+        strict=True,
+    ):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    _, bootstrap = scoring.values_and_bootstrap(bad, CRITIC, rollout)
+    assert np.isfinite(bootstrap).all()
+    assert np.isfinite(scoring.make_reward_scorer(bad)(ACTOR, rollout)).all()
+
+
+def test_kl_has_a_gradient_for_the_actor_alone():
+    rollout = answers(temperature=0.7)
+    apply = scoring.make_policy_apply(MODEL, temperature=0.7, kl_model=MODEL)
+
+    def kl(params, reference):
+        return apply(params, Frozen(reference=reference), rollout).kl.sum()
+
+    ours, theirs = jax.jit(jax.grad(kl, argnums=(0, 1)))(ACTOR, REFERENCE)
+    assert float(jnp.abs(ours["table"]).max()) > 0.01
+    assert float(jnp.abs(theirs["table"]).max()) == 0
+
+
+def test_score_stands_at_the_last_true_token():
+    """Finished, truncated and empty answers; padding in front or behind changes nothing."""
+    rollout = answers(temperature=0.7)
+    empty = rollout.replace(action_mask=rollout.action_mask.at[0].set(False), mask=rollout.mask.at[0, P:].set(False))
+    scores = testing.history_scores(CRITIC, empty.tokens, empty.mask, decay=DECAY)
+    got = scoring.make_reward_scorer(MODEL, Calibration(mean=0.5, std=2.0))(CRITIC, empty)
+    np.testing.assert_allclose(got, (scores[:, -1] - 0.5) / 2.0, atol=3e-6)
+    assert not bool(empty.action_mask[0].any())
+
+
+def test_sequences_and_packed_sequences():
+    sequences = testing.random_sequences(0, 3, 8, V)
+    apply = jax.jit(scoring.make_sequence_apply(MODEL, chunk=3))
+    logits = testing.history_logits(ACTOR, sequences.tokens, sequences.mask, decay=DECAY)
+    rows = testing.log_softmax(logits[:, :-1])
+    want = np.take_along_axis(rows, np.asarray(sequences.tokens)[:, 1:, None], 2)[..., 0]
+    want = np.pad(np.where(sequences.mask[:, 1:], want, 0.0), ((0, 0), (1, 0)))
+    got = apply(ACTOR, None, sequences)
+    np.testing.assert_allclose(got, want, atol=3e-6)
+    scores = jax.jit(scoring.make_score_apply(MODEL))(ACTOR, None, sequences)
+    want_scores = testing.history_scores(ACTOR, sequences.tokens, sequences.mask, decay=DECAY)
+    np.testing.assert_allclose(scores, np.where(sequences.mask, want_scores, 0.0), atol=3e-6)
+    lengths = np.asarray(sequences.mask.sum(1))
+    parts = [(np.asarray(sequences.tokens)[i, :n], i) for i, n in enumerate(lengths)]
+    tokens = np.concatenate([part for part, _ in parts] + [np.zeros(2, int)])
+    segments = np.concatenate([np.full(len(part), i + 1) for part, i in parts] + [np.zeros(2, int)])
+    positions = np.concatenate([np.arange(len(part)) for part, _ in parts] + [np.zeros(2, int)])
+    packed = Sequences(
+        tokens=jnp.asarray(tokens, jnp.int32)[None],
+        mask=jnp.asarray(segments > 0)[None],
+        target_mask=jnp.asarray(segments > 0)[None],
+        segments=jnp.asarray(segments, jnp.int32)[None],
+        positions=jnp.asarray(positions, jnp.int32)[None],
+    )
+    flat = np.concatenate([np.asarray(got)[i, :n] for i, n in enumerate(lengths)] + [np.zeros(2)])
+    np.testing.assert_allclose(apply(ACTOR, None, packed)[0], flat, atol=3e-6)
+    flat = np.concatenate([np.asarray(scores)[i, :n] for i, n in enumerate(lengths)] + [np.zeros(2)])
+    np.testing.assert_allclose(jax.jit(scoring.make_score_apply(MODEL))(ACTOR, None, packed)[0], flat, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_new_tokens": 2}], ids=["plain", "filters"]
+)
+def test_sampled_logprobs_equal_scored_ones_on_the_real_decoder(keys: dict):
+    model = models.make_model(models.scratch_spec(testing.tiny_scratch(), 64))
+    params = model.init(jax.random.key(0))
+    prompts = testing.random_prompts(3, 6, P, 64, shortest=0)
+    how = config.Sampling(**{"max_new_tokens": R} | keys)
+    rollout = jax.jit(sampling.make_sampler(model, how, stop_ids=(1, 2, 3), pad_id=0))(params, prompts, jax.random.key(1))
+    score = jax.jit(scoring.make_scorer(model, temperature=how.temperature, chunk=4, needs=()))
+    scored = score(params, None, Frozen(), rollout)
+    assert float(jnp.abs(scored.logprobs - rollout.logprobs).max()) < 1e-4  # first update's ratio is 1
+    assert float(scored.logprobs.min()) < -1
+
+
+def test_greedy_answers_have_no_logprob_and_a_missing_critic_is_named():
+    with pytest.raises(UserError, match=r"sampling.temperature is 0"):
+        scoring.make_policy_apply(MODEL, temperature=0.0)
+    with pytest.raises(UserError, match="critic"):
+        scoring.make_scorer(MODEL, needs={"critic"})
