@@ -29,7 +29,8 @@ from rlhf_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _LINES = ("metrics.jsonl", "samples.jsonl")
-_OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "final", "summary.json", "report.html", *_LINES)
+_OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary.json", "report.html", *_LINES)
+_OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
 _FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 _SECRET_IN_URL = re.compile(r"//[^/@\s]+@")
@@ -212,7 +213,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     """The earlier start's record, None in a new directory; UserError where files of ours lie there without a record."""
     file = path / "run.json"
     if not file.exists():
-        strangers = [name for name in _OURS if (path / name).exists()]
+        strangers = _ours(path)
         if strangers:
             raise UserError(
                 f"out={path} holds {', '.join(strangers)} but no run.json: not a run that can be continued.\n"
@@ -258,8 +259,14 @@ def _tell_devices(earlier: dict[str, Any], config: dict[str, Any], devices: int 
         )
 
 
+def _ours(path: Path) -> list[str]:
+    """What a run has written in a directory, run.json first."""
+    others = sorted(entry.name for entry in path.iterdir() if entry.name.startswith(_OURS_TOO))
+    return [name for name in _OURS if (path / name).exists()] + others
+
+
 def _set_aside(path: Path, say: Callable[[str], None]) -> None:
-    names = [name for name in _OURS if (path / name).exists()]
+    names = _ours(path)
     if not names:
         return
     aside = next(path / f"earlier-{n}" for n in range(1, 10_000) if not (path / f"earlier-{n}").exists())
