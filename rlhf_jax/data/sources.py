@@ -207,11 +207,12 @@ def _spooled(rows: Iterator[Any], name: str, limit: int | None) -> Source:
 def _decompressed(file: Path) -> Iterator[IO[bytes]]:
     """The content of a compressed file as an unnamed temporary file on disk."""
     with tempfile.TemporaryFile() as out:
+        unpack, damage = _codec(file)
         try:
-            with contextlib.closing(_opener(file)) as stream:
+            with contextlib.closing(unpack(file, "rb")) as stream:
                 while block := stream.read(_READ):
                     out.write(block)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, damage) as error:
             raise UserError(
                 f"{file}: damaged or not {file.suffix[1:]} ({error}); compress it again or give the plain file"
             ) from None
@@ -221,12 +222,15 @@ def _decompressed(file: Path) -> Iterator[IO[bytes]]:
         yield out
 
 
-def _opener(file: Path) -> Any:
-    if file.suffix == ".zst":
-        with contextlib.suppress(ImportError):
-            return importlib.import_module("compression.zstd").open(file, "rb")
-        return extra("zstandard", f"{file}: reading zstd before Python 3.14").open(file, "rb")
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[file.suffix](file, "rb")
+def _codec(file: Path) -> tuple[Callable[..., Any], type[Exception]]:
+    """How a compressed file is opened, and what its codec raises on damage beside OSError and EOFError."""
+    if file.suffix != ".zst":
+        return {".gz": (gzip.open, zlib.error), ".bz2": (bz2.open, OSError), ".xz": (lzma.open, lzma.LZMAError)}[file.suffix]
+    try:
+        module = importlib.import_module("compression.zstd")
+    except ImportError:
+        module = extra("zstandard", f"{file}: reading zstd before Python 3.14")
+    return module.open, module.ZstdError
 
 
 def extra(module: str, what: str) -> Any:

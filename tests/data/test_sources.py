@@ -174,6 +174,25 @@ def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_source(_write(tmp_path / "b.parquet", b"none"))
 
 
+def test_zstd_by_the_standard_library_or_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class ZstdError(Exception):
+        pass
+
+    def unpack(file: Path, mode: str):
+        if file.read_bytes() == b"bad":
+            raise ZstdError("unknown frame")
+        return gzip.open(file, mode)
+
+    stand_in = {"open": unpack, "ZstdError": ZstdError}
+    good, bad = _write(tmp_path / "a.jsonl.zst", gzip.compress(_jsonl(ROWS))), _write(tmp_path / "b.jsonl.zst", b"bad")
+    for present, absent in (("compression.zstd", "zstandard"), ("zstandard", "compression.zstd")):
+        monkeypatch.setitem(sys.modules, present, _module(present, **stand_in))
+        monkeypatch.setitem(sys.modules, absent, None)
+        assert open_source(good).read(2) == ROWS[2]
+        with pytest.raises(UserError, match="damaged or not zst"):
+            open_source(bad)
+
+
 def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch):
     asked = []
 
