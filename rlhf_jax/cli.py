@@ -273,8 +273,6 @@ def main() -> None:
     except Stopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         sys.exit(EXIT_STOPPED)
-    except KeyboardInterrupt:  # before the run took over the signals: nothing has begun
-        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # `rlhf-jax config ppo | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
