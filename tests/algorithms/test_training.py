@@ -1,0 +1,153 @@
+"""Optimiser, schedules, micro-batches and the guarded step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from rlhf_jax import config
+from rlhf_jax.algorithms import training
+from rlhf_jax.types import TrainState
+
+PARAMS = {"layer": {"kernel": jnp.asarray([[1.0, -2.0]]), "bias": jnp.asarray([0.5])}, "embedding": jnp.asarray([[3.0]])}
+
+
+def state_of(tx, params=PARAMS):
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_schedules_warm_up_and_decay():
+    def values(**settings):
+        rate = training.learning_rate(config.Optimizer(learning_rate=1.0, **settings), 10)
+        return np.asarray([rate(step) for step in range(11)])
+
+    np.testing.assert_allclose(values(schedule="constant"), 1.0)
+    np.testing.assert_allclose(values(), 1 - np.arange(11) / 10, atol=1e-6)
+    np.testing.assert_allclose(values(final_fraction=0.5)[-1], 0.5)
+    warm = values(warmup_steps=4)
+    np.testing.assert_allclose(warm[:5], [0.25, 0.5, 0.75, 1, 1], atol=1e-6)  # the first step already learns
+    np.testing.assert_allclose(warm[4:], 1 - np.arange(7) / 6, atol=1e-6)
+    np.testing.assert_allclose(values(schedule="cosine"), (1 + np.cos(np.pi * np.arange(11) / 10)) / 2, atol=1e-6)
+    with pytest.raises(ValueError, match="'step'"):
+        training.learning_rate(config.Optimizer(schedule="step"), 10)
+
+
+def test_the_optimiser_is_adamw_with_torch_semantics_and_decays_matrices_only():
+    settings = config.Optimizer(learning_rate=0.1, schedule="linear", weight_decay=0.3, clip_norm=1.0, warmup_steps=2)
+    tx = training.make_optimizer(settings, 8)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    matrices = [torch.nn.Parameter(torch.tensor(np.array(x))) for x in (PARAMS["layer"]["kernel"], PARAMS["embedding"])]
+    bias = torch.nn.Parameter(torch.tensor(np.array(PARAMS["layer"]["bias"])))
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": [bias], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-5)
+    rate = training.learning_rate(settings, 8)
+    for step in range(8):
+        factor = float(step - 3)  # gradients above and below the clipping norm
+        grads = jax.tree.map(lambda x, f=factor: f * jnp.cos(x), params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        for parameter in (*matrices, bias):
+            parameter.grad = factor * torch.cos(parameter.detach())
+        torch.nn.utils.clip_grad_norm_([*matrices, bias], 1.0)
+        for group in reference.param_groups:
+            group["lr"] = float(rate(step))
+        reference.step()
+        params = optax.apply_updates(params, updates)
+    for ours, theirs in zip(
+        (params["layer"]["kernel"], params["embedding"], params["layer"]["bias"]), (*matrices, bias), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def loss(params, batch):
+    """A sum over rows (already a share), with a scalar metric, a maximum and one value per row."""
+    x = batch["x"] * params["w"]
+    return jnp.sum(jnp.sin(x)), {"a/sum": jnp.sum(x), "a/x_max": jnp.max(x), "a/rows": x}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6, 12])
+def test_rule_9_micro_batches_add_up_to_the_batch(parts):
+    batch = {"x": jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32)}
+    params = {"w": jnp.float32(0.7)}
+    (want, want_metrics), want_grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    value, metrics, grads = jax.jit(lambda p, b: training.accumulate(loss, p, b, parts))(params, batch)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(grads["w"], want_grads["w"], rtol=1e-5)
+    assert metrics.keys() == want_metrics.keys()
+    for key, x in want_metrics.items():  # rows in the batch's own order
+        np.testing.assert_allclose(metrics[key], x, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_parts_are_interleaved_so_that_a_sharded_batch_stays_sharded():
+    got = training.split_rows({"x": jnp.arange(6)}, 3)["x"]
+    np.testing.assert_array_equal(got, [[0, 3], [1, 4], [2, 5]])
+    with pytest.raises(ValueError, match="6 rows cannot be split into 4"):
+        training.split_rows({"x": jnp.arange(6)}, 4)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jnp.arange(8.0), placed)
+    value, metrics, _ = jax.jit(lambda x: training.accumulate(loss, {"w": jnp.float32(1.0)}, {"x": x}, 2))(x)
+    np.testing.assert_allclose(value, np.sin(np.arange(8.0)).sum(), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["a/rows"], np.arange(8.0))
+
+
+def test_gradients_of_half_precision_parameters_are_summed_in_float32():
+    params = {"w": jnp.ones((), jnp.bfloat16)}
+
+    def linear(params, batch):
+        return jnp.sum(params["w"] * batch["x"]), {}
+
+    batch = {"x": jnp.ones(512, jnp.bfloat16)}
+    _, _, grads = jax.jit(lambda p: training.accumulate(linear, p, batch, 512))(params)
+    assert grads["w"].dtype == jnp.bfloat16
+    assert grads["w"] == 512  # bfloat16 additions stop at 256
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, 1e30])
+def test_a_step_that_is_not_finite_changes_nothing_at_all(poison):
+    tx = training.make_optimizer(config.Optimizer(learning_rate=0.1, weight_decay=0.1), 10)
+    state = state_of(tx)
+    good = jax.tree.map(jnp.ones_like, PARAMS)
+    apply = jax.jit(lambda s, g, finite: training.apply_gradients(tx, s, g, finite))
+    state, metrics = apply(state, good, True)
+    assert metrics["update/skipped"] == 0
+    assert state.step == 1
+    bad = good | {"embedding": jnp.full_like(good["embedding"], poison)}
+    after, metrics = apply(state, bad, True)
+    same(after, state)
+    assert metrics["update/skipped"] == 1
+    after, metrics = apply(state, good, False)  # the loss was not finite
+    same(after, state)
+    assert metrics["update/skipped"] == 1
+
+
+def test_a_step_that_is_not_wanted_is_not_counted_as_skipped():
+    tx = training.make_optimizer(config.Optimizer(), 10)
+    state = state_of(tx)
+    after, metrics = training.apply_gradients(tx, state, jax.tree.map(jnp.ones_like, PARAMS), jnp.bool_(True), wanted=False)
+    same(after, state)
+    assert metrics["update/skipped"] == 0
+
+
+def test_offline_update_skips_a_poisoned_batch_and_goes_on():
+    tx = training.make_optimizer(config.Optimizer(learning_rate=0.1, schedule="constant"), 10)
+
+    def mean(params, frozen, batch, counts):
+        x = jnp.sum((params["w"] - batch["x"]) ** 2) / counts["rows"]
+        return x, {"a/loss": x}
+
+    step = jax.jit(training.make_offline_update(mean, lambda b: {"rows": jnp.float32(b["x"].shape[0])}, tx, 2))
+    state = state_of(tx, {"w": jnp.float32(0.0)})
+    batch = {"x": jnp.ones(4)}
+    first, metrics = step(state, batch, None)
+    assert first.params["w"] > 0
+    np.testing.assert_allclose(metrics["a/loss"], 1.0)
+    skipped, metrics = step(first, {"x": batch["x"].at[2].set(jnp.nan)}, None)
+    same(skipped, first)
+    assert metrics["update/skipped"] == 1
+    assert step(skipped, batch, None)[0].params["w"] > first.params["w"]
