@@ -9,7 +9,7 @@ the baseline sees it. `aggregation: sequence_mean_token_sum` makes the gradient 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import config
+from rlhf_jax import config, ops
 from rlhf_jax.algorithms import critic_free
 from rlhf_jax.algorithms.training import Algorithm
 
@@ -24,12 +24,16 @@ def leave_one_out(scores: jax.Array, group_size: int) -> jax.Array:
     return critic_free.group_deviations(scores, group_size) * (group_size / max(group_size - 1, 1))
 
 
-def rloo_advantages(rewards: jax.Array, group_size: int, *, scale: str = "none") -> jax.Array:
-    """Leave-one-out advantages, divided by their deviation over the batch (plus 1e-4) with scale "batch_std": f32[B].
+def rloo_advantages(scores: jax.Array, group_size: int, *, penalties: jax.Array | None = None, scale: str = "none") -> jax.Array:
+    """Leave-one-out advantages of scores - penalties, f32[B]; with scale "batch_std" divided by their deviation plus 1e-4.
 
-    Args: rewards f[B], scores minus the KL penalty of the whole answer, reward units.
+    The baseline is linear, so that scores and penalties are centred apart: a large offset of the scores costs no digits.
+
+    Args: scores f[B], reward units; penalties f[B], reward units: the KL penalty of the whole answer.
     """
-    advantages = leave_one_out(rewards, group_size)
+    advantages = leave_one_out(scores, group_size)
+    if penalties is not None:
+        advantages -= leave_one_out(penalties, group_size)
     if scale == "none":
         return advantages
     if scale != "batch_std":
@@ -42,6 +46,8 @@ def build(settings: config.RLOO) -> Algorithm:
     size, scale = settings.group_size, settings.advantage_scale
     return critic_free.build(
         settings,
-        lambda answers: rloo_advantages(critic_free.sequence_scores(answers), size, scale=scale),
+        lambda answers: rloo_advantages(
+            answers.scores, size, penalties=ops.masked_sum(answers.penalties, answers.mask, 1), scale=scale
+        ),
         group_size=size,
     )
