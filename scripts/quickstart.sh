@@ -3,5 +3,9 @@
 # Usage: scripts/quickstart.sh [--out DIR] [--task reviews|addition] [--demo overoptimization] [--seed N]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-(cd "$root" && . scripts/venv.sh && make_venv constraints.txt)
+(
+  cd "$root"
+  . scripts/venv.sh
+  make_venv constraints.txt
+)
 exec "$root/.venv/bin/rlhf-jax" quickstart "$@"

@@ -33,7 +33,7 @@ make_venv() {
       return
     fi
   else
-    python=$(find_python)
+    python=$(find_python) || return 1
     echo "Making .venv with $("$python" --version)"
     rm -rf .venv
     "$python" -m venv .venv || {
@@ -42,8 +42,8 @@ make_venv() {
     }
   fi
   echo "Installing the packages of $file (a minute or two the first time)"
-  pip_install --require-hashes -r "$file"
-  pip_install --no-deps --no-build-isolation --editable .
-  warm_up rlhf_jax.online rlhf_jax.offline
-  echo "$wanted" >"$stamp"
+  pip_install --require-hashes -r "$file" &&
+    pip_install --no-deps --no-build-isolation --editable . &&
+    warm_up rlhf_jax.online rlhf_jax.offline &&
+    echo "$wanted" >"$stamp"
 }
