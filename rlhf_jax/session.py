@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ class Session:
         if asked or self.save_due(step):
             self.directory.sync()
             self.checkpoints.save(step, state, {"step": step})
+        if asked or step == self.settings.steps:
+            self.checkpoints.wait()  # what follows says that the step is saved: an export, the end, a message
         if asked:
-            self.checkpoints.wait()
             raise self.interrupts.stopped(step)
         if self.evaluation_due(step):
             self.recorder.summary()
@@ -100,7 +102,16 @@ def open_session(
     """
     out = Path(settings.out)
     with contextlib.ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts())
+        pens: list[metrics.Recorder] = []
+
+        def say(text: str) -> None:
+            """On the progress line's terminal once there is one."""
+            if pens:
+                pens[0].note(text)
+            elif parallel.is_main_process():
+                sys.stderr.write(f"{text}\n")
+
+        interrupts = stack.enter_context(Interrupts(say=say))
         opened = open_run(
             out,
             config_table.dump(settings),
@@ -108,11 +119,12 @@ def open_session(
             from_scratch=from_scratch,
             override=override,
             devices=jax.device_count(),
+            say=say,
         )
         directory = stack.enter_context(opened)
         keep = settings.save
         checkpoints = stack.enter_context(
-            Checkpoints(directory.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every)
+            Checkpoints(directory.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, say=say)
         )
         restored = None
         if directory.completed_step is None:
@@ -127,6 +139,8 @@ def open_session(
             config=dataclasses.asdict(settings),
         )
         stack.enter_context(recorder)
+        pens.append(recorder)
+        stack.callback(pens.clear)
         watchdog = stack.enter_context(health.Watchdog(settings.health, say=recorder.note))
         if restored is not None:
             recorder.note(f"{out}: continuing from step {restored.step}")
