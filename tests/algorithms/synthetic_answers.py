@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from bandit import run_state
 
+from rlhf_jax import ops
 from rlhf_jax.algorithms.training import Algorithm
-from rlhf_jax.types import Experience, Frozen, Metrics, Rollout, RunState, Scored
+from rlhf_jax.types import Experience, Frozen, Metrics, Rollout, RunState, Scored, Sequences
 
 
 def rollout(mask: Any, logprobs: Any = None, finished: Any = None) -> Rollout:
@@ -66,3 +67,10 @@ def _update(algorithms: tuple[Algorithm, ...], logprobs: jax.Array, old: Experie
     state = run_state({"logprobs": logprobs}, keeps, kl_coef=kl_coef)
     updates = [algorithm.make_update(policy_apply, None, keeps, None) for algorithm in algorithms]
     return [update(state, old, jax.random.key(0), Frozen()) for update in updates]
+
+
+def table_apply(params: Any, frozen: Any, batch: Sequences) -> jax.Array:
+    """Log-probabilities f32[B, T] of a "model" whose parameters are its logits f32[B, T, V], row by row."""
+    del frozen
+    logprobs = ops.logits_logprobs(params["logits"][:, :-1], batch.tokens[:, 1:])
+    return jnp.pad(logprobs, ((0, 0), (1, 0)))
