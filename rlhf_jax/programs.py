@@ -240,7 +240,8 @@ def offline_functions(
         return inner(params, frozen.actor, batch)
 
     loss = functools.partial(algorithm.loss, apply)
-    step = training.make_offline_update(loss, algorithm.denominators, tx, run.micro_batches)
+    prepare = functools.partial(algorithm.prepare, apply)
+    step = training.make_offline_update(loss, algorithm.denominators, tx, run.micro_batches, prepare=prepare)
 
     def update(state: OfflineState, batch: Any, frozen: Frozen) -> tuple[OfflineState, dict[str, jax.Array]]:
         trained, metrics = step(state.trained, batch, frozen)
@@ -249,6 +250,7 @@ def offline_functions(
         return state, metrics | {"health/bad_steps": bad}
 
     def evaluate(params: Params, frozen: Frozen, batch: Sequences | Preferences) -> Any:
+        batch = prepare(params, frozen, batch, run.micro_batches)
         counts = algorithm.denominators(batch)
         return loss(params, frozen, batch, counts)[1] | {"count": next(iter(counts.values()))}
 
