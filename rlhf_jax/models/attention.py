@@ -21,16 +21,11 @@ class Keys(NamedTuple):
     query_positions: jax.Array  # i32[B, T]
     key_positions: jax.Array  # i32[B, S]
     visible: jax.Array  # bool[B, T, S], causal, without padding, within the segment
+    segments: jax.Array | None = None  # i32[B, T], 0 on padding; None: queries and keys are not the same tokens (decoding)
 
 
-def make_attend(spec: Spec, keys: Keys, windows: list[int | None], attention: str) -> Attend:
-    """Attention of one call. The layer says by number which of the windows is its own.
-
-    Args:
-        attention: "dense" or "flash".
-    """
-    if attention != "dense":
-        raise ValueError(f"attention is {attention!r}; it must be dense or flash")
+def make_dense(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
+    """Attention of one call. The layer says by number which of the windows is its own."""
     visible = tuple(within_window(keys, window) for window in windows)
     bias = None
     if spec.positions == "alibi":
@@ -59,7 +54,7 @@ def causal(mask: jax.Array, positions: jax.Array, segments: jax.Array | None) ->
     visible = (order[None, :, None] >= order[None, None, :]) & mask[:, None, :]
     if segments is not None:
         visible &= segments[:, :, None] == segments[:, None, :]
-    return Keys(positions, positions, visible)
+    return Keys(positions, positions, visible, jnp.where(mask, 1 if segments is None else segments + 1, 0))
 
 
 def within_window(keys: Keys, window: int | None) -> jax.Array:

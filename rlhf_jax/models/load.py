@@ -15,7 +15,6 @@ from rlhf_jax.models import directory as dirs
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.families import family_of, spec_of
 from rlhf_jax.models.heads import draw_head
-from rlhf_jax.models.known import KNOWN
 from rlhf_jax.models.rules import Family, Part, Stored, stored_tensors
 from rlhf_jax.models.spec import Leaf, Spec, leaves
 from rlhf_jax.types import Calibration, Params
@@ -40,13 +39,11 @@ class Checkpoint(NamedTuple):
 
 
 def read_spec(path: str | Path, *, real_vocab: int | None = None) -> Spec:
-    """The spec of a model directory, or of a public model whose shapes are known by name; weights are not touched.
+    """The spec of a model directory; its weights are not touched.
 
     Raises:
         UserError: the architecture is not supported, needs code of its own, or lacks a key.
     """
-    if str(path) in KNOWN and not Path(path).is_dir():
-        return spec_of(KNOWN[str(path)], real_vocab=real_vocab)
     return spec_of(dirs.read_config(dirs.find(path)), real_vocab=real_vocab)
 
 

@@ -13,8 +13,10 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from rlhf_jax.models import attention as attn
+from rlhf_jax.models import flash
 from rlhf_jax.models import rope as ropes
 from rlhf_jax.models.experts import mixture
 from rlhf_jax.models.layers import dense, mlp, normalise
@@ -36,7 +38,8 @@ class Decoder:
     spec: Spec
     compute_dtype: Any = jnp.float32
     remat: str = "none"
-    attention: str = "dense"
+    kernel: str = "dense"  # of attention over whole sequences: "dense", "cudnn" or "splash"
+    mesh: Mesh | None = None  # that the kernel runs on
     lora_scale: float = 1.0
     constrain: Constrain = unconstrained
 
@@ -115,7 +118,12 @@ def share(d: Decoder, keys: attn.Keys, *, bound: int) -> Shared:
     dims = 2 * max((len(rope.inv_freq) for rope in ropes_ if rope), default=0)
     length = jnp.max(keys.query_positions) + 1
     turns = [ropes.cos_sin(rope, keys.query_positions, dims, length, bound) for rope in ropes_]
-    return Shared(tuple(c for c, _ in turns), tuple(s for _, s in turns), attn.make_attend(d.spec, keys, windows, d.attention))
+    kernel = d.kernel if keys.segments is not None else "dense"
+    if kernel == "splash":
+        attend = flash.make_splash(d.spec, keys, windows, d.mesh)
+    else:
+        attend = flash.make_cudnn(keys, windows) if kernel == "cudnn" else attn.make_dense(d.spec, keys, windows)
+    return Shared(tuple(c for c, _ in turns), tuple(s for _, s in turns), attend)
 
 
 def whole(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,6 +218,7 @@ def _attention(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, 
         cos, sin = attn.pick(shared.cos, kind.rope), attn.pick(shared.sin, kind.rope)
         q, k = ropes.rotate(q, cos, sin, spec.rope_pairs), ropes.rotate(k, cos, sin, spec.rope_pairs)
     q = d.constrain(q, ("batch", "seq", "heads", None))
+    k, v = (d.constrain(y, ("batch", "seq", "kv", None)) for y in (k, v))
     k, v = kept = keep(k, v)
     out = shared.attend(q, k, v, kind.window, kind.scale, p.get("sinks"))
     out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")

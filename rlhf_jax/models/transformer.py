@@ -1,7 +1,7 @@
 """One decoder for every family: a `Spec` in, pure functions of the parameters out.
 
     spec.py        what distinguishes one decoder from another; the table of its parameters
-    layers.py      norm, linear layer, MLP; experts.py, attention.py, rope.py: the other pieces of a block
+    layers.py      norm, linear layer, MLP; experts.py, attention.py, flash.py, rope.py: the other pieces of a block
     stack.py       the blocks in sequence: scanned over stacked layers in training, a loop over a list for decoding
     decoding.py    prefill and one step with a cache
     heads.py       logits and scores
@@ -13,8 +13,9 @@ windows, expert parallelism.
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from rlhf_jax.models import decoding, heads, params, stack
+from rlhf_jax.models import decoding, flash, heads, params, stack
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Model
 
@@ -26,6 +27,7 @@ def make_model(
     remat: str = "none",
     attention: str = "dense",
     constrain: stack.Constrain = stack.unconstrained,
+    mesh: Mesh | None = None,
     lora_scale: float = 1.0,
 ) -> Model:
     """The pure functions of a spec.
@@ -35,10 +37,17 @@ def make_model(
         remat: what the backward pass recomputes: "none", "full", "dots" (all but matrix products), "save_attention".
         attention: "dense", or "flash" where the device has a kernel for it.
         constrain: (x, logical axes) -> x, pins the sharding of activations.
+        mesh: devices that the flash kernel is for and split over; default: this process's first device.
         lora_scale: alpha / rank of an adapter joined to the parameters.
     """
     d = stack.Decoder(
-        spec=spec, compute_dtype=compute_dtype, remat=remat, attention=attention, constrain=constrain, lora_scale=lora_scale
+        spec=spec,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        kernel=flash.resolve(attention, spec, compute_dtype, mesh),
+        mesh=mesh,
+        lora_scale=lora_scale,
+        constrain=constrain,
     )
     return Model(
         vocab_size=spec.vocab_size,

@@ -91,5 +91,5 @@ GEMMA3 = Family(
     prefix="language_model.model.",
     renamed=(("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
     ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\.",),
-    loads="Gemma 3 4B, 12B, 27B (the text half; images are not read, and not exported)",
+    loads="Gemma 3 4B, 12B, 27B (the text half; the vision tower is passed on unchanged)",
 )
