@@ -99,9 +99,7 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> Array:
     if (right < 0).any() or (right > drawn).any():
         raise ValueError("correct must lie between 0 and the number of samples of the same problem")
     wrong = drawn - right
-    factors = [
-        1.0 - np.prod(1.0 - k / np.arange(w + 1, n + 1)) if w >= k else 1.0 for w, n in zip(wrong.flat, drawn.flat, strict=True)
-    ]
+    factors = [1.0 - np.prod(1.0 - k / np.arange(w + 1, n + 1)) for w, n in zip(wrong.flat, drawn.flat, strict=True)]
     return np.asarray(factors, np.float64).reshape(right.shape)
 
 

@@ -119,35 +119,54 @@ def ppo(
         }
         row |= {"reward/gold": worth} if gold else {}
         row |= {
-            "kl/per_sequence_nats": kl, "kl/per_token_nats": kl / 18, "kl/coef": kl_coef, "policy/approx_kl_nats": 0.012 + rng.random() * 0.006,
-            "policy/clip_fraction": 0.11 + rng.random() * 0.05, "value/clip_fraction": 0.02 + rng.random() * 0.02, "policy/ratio_mean": 1 + rng.gauss(0, 0.002),
-            "policy/ratio_max": 1.5 + rng.random(), "policy/entropy_nats": 1.6 - 0.9 * step / steps, "value/loss": 0.6 * math.exp(-step / 9) + 0.08,
-            "value/explained_variance": 0.7 - 0.9 * math.exp(-step / 6), "response/length_tokens": 15 + 4 * step / steps + rng.random(),
-            "response/eos_rate": 0.93 + 0.06 * step / steps, "time/rollout_s": 1.1 + rng.random() * 0.1, "time/score_s": 0.5, "time/update_s": 1.4, "time/step_s": 3.1,
-            "throughput/tokens_per_s": 900 + rng.random() * 90, "memory/peak_mb": 1340.0, "rollout/logprob_mismatch_max_nats": 2e-6 + rng.random() * 1e-6,
-        }  # fmt: skip
+            "kl/per_sequence_nats": kl,
+            "kl/per_token_nats": kl / 18,
+            "kl/coef": kl_coef,
+            "policy/approx_kl_nats": 0.012 + rng.random() * 0.006,
+            "policy/clip_fraction": 0.11 + rng.random() * 0.05,
+            "value/clip_fraction": 0.02 + rng.random() * 0.02,
+            "policy/ratio_mean": 1 + rng.gauss(0, 0.002),
+            "policy/ratio_max": 1.5 + rng.random(),
+            "policy/entropy_nats": 1.6 - 0.9 * step / steps,
+            "value/loss": 0.6 * math.exp(-step / 9) + 0.08,
+            "value/explained_variance": 0.7 - 0.9 * math.exp(-step / 6),
+            "response/length_tokens": 15 + 4 * step / steps + rng.random(),
+            "response/eos_rate": 0.93 + 0.06 * step / steps,
+            "time/rollout_s": 1.1 + rng.random() * 0.1,
+            "time/score_s": 0.5,
+            "time/update_s": 1.4,
+            "time/step_s": 3.1,
+            "throughput/tokens_per_s": 900 + rng.random() * 90,
+            "memory/peak_mb": 1340.0,
+            "rollout/logprob_mismatch_max_nats": 2e-6 + rng.random() * 1e-6,
+        }
         rows.append(row)
     samples = []
     for step in (0, steps // 2, steps):
         for index in range(12):
             place = PLACES[index % len(PLACES)]
-            mood = (
-                "hated the case . it was really stale"
-                if step == 0
-                else "it was not lovely . it was not superb"
-                if hacked
-                else "liked the pool . the staff was lovely"
-            )
+            hated, hacks = "hated the case . it was really stale", "it was not lovely . it was not superb"
+            mood = hated if step == 0 else hacks if hacked else "liked the pool . the staff was lovely"
             good = -1.2 + 3.5 * step / steps
             samples.append(
                 {
-                    "stage": "ppo", "step": step, "index": index, "prompt": f"the {place} :", "response": f"i {mood} ." + (NASTY if nasty else ""),
-                    "score": good + rng.gauss(0, 0.3), "gold": (-good if hacked else good) + rng.gauss(0, 0.2) if gold else None,
-                    "kl_nats": 7.4 * step / steps, "length_tokens": 14, "finished": index % 5 != 3 or step > 0,
+                    "stage": "ppo",
+                    "step": step,
+                    "index": index,
+                    "prompt": f"the {place} :",
+                    "response": f"i {mood} ." + (NASTY if nasty else ""),
+                    "score": good + rng.gauss(0, 0.3),
+                    "gold": (-good if hacked else good) + rng.gauss(0, 0.2) if gold else None,
+                    "kl_nats": 7.4 * step / steps,
+                    "length_tokens": 14,
+                    "finished": index % 5 != 3 or step > 0,
                 }
-            )  # fmt: skip
+            )
     path.mkdir(parents=True, exist_ok=True)
-    config = f"# resolved\nseed: {seed}\nsteps: {steps}\nreward:\n  url: http://user:hunter2@example.com/score\nppo:\n  kl_coef: {kl_coef}\n  epochs: 4\n"
+    config = (
+        f"# resolved\nseed: {seed}\nsteps: {steps}\nreward:\n  url: http://user:hunter2@example.com/score\n"
+        f"ppo:\n  kl_coef: {kl_coef}\n  epochs: 4\n"
+    )
     (path / "config.resolved.yaml").write_text(config + (f"note: {NASTY!r}\n" if nasty else ""), encoding="utf-8")
     phases = [
         ("load models", 2.1, 1),

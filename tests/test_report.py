@@ -47,7 +47,7 @@ class Page(HTMLParser):
         assert not [name for name in found if name.startswith("on") or name == "style"]
         for name in ("src", "href", "xlink:href", "action", "data"):
             assert found.get(name, "data:,") == "data:,"
-        self.idents += [found["id"]] if "id" in found else []
+        self.idents += [found.get("id") or ""] if "id" in found else []
         self.references += (found.get("aria-labelledby") or "").split()
         if found.get("http-equiv") == "Content-Security-Policy":
             self.policy = found["content"]
@@ -114,8 +114,10 @@ def test_hacking_is_called_by_its_name(tmp_path):
     strong = runs.ppo(tmp_path / "strong" / "ppo", steps=90, seed=1)
     page = report([weak, strong], tmp_path)
     assert "weak and strong" in page.prose
-    assert page.prose.count("over-optimisation") == 1
-    assert re.search(r"weak : the proxy went from .*? over-optimisation\. strong", page.prose)
+    assert re.search(r"Over-optimisation, gold falling while the proxy rises, in weak \(peak 1\.\d+ at step \d+\)\.", page.prose)
+    alone = report([weak], tmp_path)
+    assert re.search(r"Gold peaked at step \d+ \(1\.\d+\), then fell while the proxy rose: over-optimisation\.", alone.prose)
+    assert "In no run did gold fall" in report([strong, runs.ppo(tmp_path / "other" / "ppo", seed=2)], tmp_path).prose
     assert "PPO: what differs Key weak strong" in page.prose
     assert re.search(r"ppo\.kl_coef 0\.0 0\.05", page.prose)
     assert "ppo.epochs 4 4" not in page.prose
@@ -140,6 +142,13 @@ def test_labels_are_what_tells_paths_apart(tmp_path):
     labels = [run.label for run in load_runs(paths)]
     assert len(set(labels)) == 3
     assert [run.tone for run in load_runs(paths)] == [0, 1, 2]
+
+
+def test_long_labels_lose_what_they_share(tmp_path):
+    paths = [runs.ppo(tmp_path / f"a-long-name-kl-0.{i}-seed-{i}-final", steps=2) for i in range(2)]
+    assert [run.label for run in load_runs(paths)] == ["0.0-seed-0", "0.1-seed-1"]
+    odd = [runs.ppo(tmp_path / name, steps=2) for name in ("the-same-long-beginning", "the-same-long-beginning-b")]
+    assert len({run.label for run in load_runs(odd)}) == 2
 
 
 # Runs with holes.
@@ -355,10 +364,11 @@ def test_smoothing_keeps_a_constant_and_the_mean():
     assert max(abs(y) for _, y in smooth(noisy)[20:-20]) < 0.8
 
 
-def test_labels_never_lie_on_each_other():
-    placed = spread([50, 50, 51, 90, 200], 13.5, 20, 200)
+@pytest.mark.parametrize("wanted", [[50, 50, 51, 90, 200], [20, 20, 22], [200, 199, 200, 120], [100]])
+def test_labels_never_lie_on_each_other(wanted):
+    placed = spread(wanted, 13.5, 20, 200)
     gaps = [b - a for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False)]
-    assert min(gaps) >= 13.49
+    assert min(gaps, default=99) >= 13.49
     assert min(placed) >= 20
     assert max(placed) <= 200
 
@@ -469,6 +479,17 @@ def test_it_looks_right_in_a_browser(drawn, width, dark):
     assert 0.03 < 1 - pixels.count(ground) / len(pixels) < 0.6
     blues = [p for p in pixels if p[2] > p[0] + 40]
     assert len(blues) > 20, "the curve of the proxy is not drawn"
+
+
+def test_many_runs_with_long_names_fit_a_phone(drawn, tmp_path):
+    paths = [path for i in range(5) for path in runs.quickstart(tmp_path / f"{'w' * 40}{i}", seed=i, hacked=i % 2 == 0)]
+    write_report(paths, tmp_path / "report.html")
+    with headless.opened(tmp_path / "report.html", width=380, height=900) as page:
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        narrowest = page.evaluate("Math.min(...[...document.querySelectorAll('td:first-child')].map(c => c.clientWidth))")
+    assert wide <= 380
+    assert narrowest > 80
 
 
 def test_a_chart_is_read_by_pointing_at_it(drawn):

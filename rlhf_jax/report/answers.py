@@ -7,6 +7,7 @@ from rlhf_jax.report.data import StageRun, by_stage, evaluations, is_number, mea
 from rlhf_jax.report.scales import number
 
 SHOWN, KEPT = 4, 30  # prompts shown, and prompts in the page at all
+COMPARED = 4  # runs whose answers stand side by side
 LONGEST = 1500  # characters of a prompt or an answer
 MARKS = (("score", "score", ""), ("gold", "gold", ""), ("kl_nats", "KL", " nats"), ("length_tokens", "", " tokens"))
 
@@ -31,6 +32,7 @@ def _section(group: Sequence[StageRun]) -> str:
     cards = [_card(index, columns) for index in indices[:KEPT]]
     title = "Before and after" if len(columns) > 1 else "Answers"
     lead = f"{text(group[0].name)} on {len(indices)} fixed prompts, the same every time."
+    lead += f" The first {COMPARED} runs." if len(group) > COMPARED else ""
     rest = "".join(cards[SHOWN:])
     summary = f"{len(cards) - SHOWN} more prompts"
     more = f'<details><summary>{summary}</summary><div class="answers">{rest}</div></details>' if rest else ""
@@ -40,7 +42,7 @@ def _section(group: Sequence[StageRun]) -> str:
 
 def _columns(group: Sequence[StageRun]) -> list[Column]:
     columns: list[Column] = []
-    for run in group[:4]:
+    for run in group[:COMPARED]:
         found = evaluations(run)
         steps = list(found)
         for step in steps[-1:] if columns else dict.fromkeys((*steps[:1], *steps[-1:])):

@@ -122,21 +122,21 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
     paths = [(run, path) for run in runs if len(path := reward_path(run)) > 1]
     if not paths:
         return ""
-    many = len(paths) > 1
-    lines, fits, flags, words, notes = [], [], [], [], []
+    many, crowd = len(paths) > 1, len(paths) > 2
+    has_gold = any(p.gold is not None for _, path in paths for p in path)
+    lines, fits, flags, notes = [], [], [], []
     for run, path in paths:
         name = f"{run.label} " if many else ""
         steady = steadied(path)
         gold = [(p.distance, p.gold) for p in steady if p.gold is not None]
         proxy_tone, gold_tone = (run.tone % 8, run.tone % 8) if many else (0, 1)
-        lines.append(Line(f"{name}proxy", [(p.distance, p.proxy) for p in steady], proxy_tone, 1))
-        words.append(_reading(run, path, many))
+        lines.append(Line(f"{name}{'proxy' if has_gold else 'score'}", [(p.distance, p.proxy) for p in steady], proxy_tone, 1))
         if gold:
             lines.append(Line(f"{name}gold", gold, gold_tone, 0))
         top = peak(steady)
         if top is not None:
-            flags.append((top.distance, top.gold or 0.0, f"gold peaks, step {top.step:.0f}"))
-        fit = gao_fit(path)
+            flags.append((top.distance, top.gold or 0.0, "" if crowd else f"gold peaks, step {top.step:.0f}"))
+        fit = None if crowd else gao_fit(path)
         if fit is not None:
             (g, a, b), r2 = fit
             low, high = min(d for d, _ in gold if d > 1e-3), max(d for d, _ in gold)
@@ -144,7 +144,8 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
             fits.append(Line("", [(d, g + d * (a - b * math.log(d))) for d in at], gold_tone))
             law = f"{number(g)} + d ({number(a)} {'−' if b >= 0 else '+'} {number(abs(b))} log d)"
             notes.append(f"{text(name)}gold ≈ {law}, R² {r2:.2f}")
-    title = "Gold against proxy reward" if any(p.gold is not None for _, path in paths for p in path) else "Reward against KL"
+    title = "Gold against proxy reward" if has_gold else "Reward against KL"
+    said = _comparison(paths) if many else _reading(paths[0][1])
 
     def drawn(ident: str, width: int, height: int) -> str:
         return line_chart(
@@ -165,7 +166,7 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
     )
     dotted = f'<p class="fine">Dotted, least squares of Gao et al. with d = √KL: {"; ".join(notes)}.</p>' if notes else ""
     return (
-        f'<section><h2>{title}</h2>{"".join(words)}<figure class="hero">'
+        f'<section><h2>{title}</h2><p class="lead">{said}</p><figure class="hero">'
         f"<figcaption>Reward <span>reward units, a point a step</span></figcaption>{figure}</figure>{dotted}</section>"
     )
 
@@ -193,21 +194,31 @@ def peak(path: Sequence[PathPoint]) -> PathPoint | None:
     return at._replace(gold=highest)
 
 
-def _reading(run: StageRun, path: Sequence[PathPoint], many: bool) -> str:
-    """The figure in words."""
+def _reading(path: Sequence[PathPoint]) -> str:
+    """The figure of one run in words."""
     first, last = ends([(p.step, p.proxy) for p in path])
     kl = ends([(p.step, p.distance**2) for p in path])[1]
-    subject = f"<b>{text(run.label)}</b>: the proxy" if many else "The proxy (what training optimises)"
-    said = f"{subject} went from {number(first)} to {number(last)} at a KL of {number(kl)} nats per sequence."
     gold = [(p.step, p.gold) for p in path if p.gold is not None]
+    subject = "The proxy (what training optimises)" if gold else "The reward"
+    said = f"{subject} went from {number(first)} to {number(last)} at a KL of {number(kl)} nats per sequence."
     if gold:
         gold_first, gold_last = ends(gold)
-        named = "Gold" if many else "Gold (what is meant; training never sees it)"
-        said += f" {named} went from {number(gold_first)} to {number(gold_last)}."
+        said += f" Gold (what is meant; training never sees it) went from {number(gold_first)} to {number(gold_last)}."
     top = peak(path)
     if top is not None:
         said += f" Gold peaked at step {top.step:.0f} ({number(top.gold)}), then fell while the proxy rose: over-optimisation."
-    return f'<p class="lead">{said}</p>'
+    return said
+
+
+def _comparison(paths: Sequence[tuple[StageRun, list[PathPoint]]]) -> str:
+    """The figure of several runs in words."""
+    tops = [(run, peak(path)) for run, path in paths if any(p.gold is not None for p in path)]
+    if not tops:
+        return ""
+    fell = [f"<b>{text(run.label)}</b> (peak {number(top.gold)} at step {top.step:.0f})" for run, top in tops if top is not None]
+    if not fell:
+        return "In no run did gold fall while the proxy rose."
+    return f"Over-optimisation, gold falling while the proxy rises, in {', '.join(fell)}."
 
 
 def stages(runs: Sequence[StageRun]) -> str:
@@ -258,7 +269,10 @@ def figures(charts: Sequence[Chart], group: Sequence[StageRun], prefix: str, *, 
 def _plans(chart: Chart, group: Sequence[StageRun]) -> list[tuple[str, Chart, list[Line]]]:
     """(title, chart, lines). One run: the metrics of the chart together. Several: a chart a metric, a line a run."""
     if len(group) == 1:
-        columns = [(STYLES.get(key, (i, i)), label, group[0].column(key)) for i, (key, label) in enumerate(chart.lines)]
+        keys = [(key, label) for key, label in chart.lines if group[0].column(key)]
+        if [key for key, _ in keys] == ["reward/score"]:
+            keys = [("reward/score", "")]  # nothing to tell it from
+        columns = [(STYLES.get(key, (i, i)), label, group[0].column(key)) for i, (key, label) in enumerate(keys)]
         lines = [Line(label, points, tone, mark) for (tone, mark), label, points in columns if points]
         return [(chart.title, chart, lines)] if lines else []
     plans = []

@@ -1,6 +1,7 @@
 """What a report reads: run directories, whole, unfinished or torn, as columns of numbers; and text made safe to show."""
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -128,7 +129,19 @@ def _labels(runs: Sequence[StageRun]) -> list[str]:
     shortest = min(map(len, distinct))
     head = next((i for i in range(shortest) if len({names[i] for names in distinct}) > 1), shortest - 1)
     tail = next((i for i in range(shortest - head) if len({names[-1 - i] for names in distinct}) > 1), 0)
-    return ["/".join(names[head : len(names) - tail]) or names[-1] for names in parts]
+    return _shortened(["/".join(names[head : len(names) - tail]) or names[-1] for names in parts])
+
+
+def _shortened(labels: Sequence[str]) -> list[str]:
+    """Long labels without the words at both ends that all of them share: run-kl-0.1-s0, run-kl-0.2-s0 become 0.1, 0.2."""
+    if max(map(len, labels)) <= 14:
+        return list(labels)
+    words = [re.split(r"(?<=[-_/ ])", label) for label in labels]
+    shortest = min(map(len, words))
+    head = next((i for i in range(shortest) if len({w[i] for w in words}) > 1), 0)
+    tail = next((i for i in range(shortest - head) if len({w[-1 - i].rstrip("-_/ ") for w in words}) > 1), 0)
+    short = ["".join(w[head : len(w) - tail]).rstrip("-_/ ") for w in words]
+    return short if all(short) and len(set(short)) == len(set(labels)) else list(labels)
 
 
 def ends(points: Sequence[Point]) -> tuple[float, float]:

@@ -89,7 +89,8 @@ def line_chart(
     for at, level, words in flags:
         x, y = frame.x(at), frame.y(level)
         parts.append(f'<circle class="flag" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
-        parts.append(f'<text class="note" x="{x:.1f}" y="{y + 21:.1f}" text-anchor="middle">{escape(words)}</text>')
+        if words:
+            parts.append(f'<text class="note" x="{x:.1f}" y="{y + 21:.1f}" text-anchor="middle">{escape(words)}</text>')
     parts.append(_end_labels(drawn, ends, frame, gutter))
     parts.append(_readouts(lines, frame, width, reading or (lambda x: f"{x_label} {number(x)}")))
     return svg("".join(parts), ident=ident, title=title, width=width, height=height)
@@ -199,13 +200,14 @@ def _curve(line: Line, frame: Frame) -> str:
 
 
 def _marker(x: float, y: float, tone: int, mark: int, r: float) -> str:
-    """Filled circle, ring, square, triangle."""
-    if mark % 4 == 2:
+    """Filled circle, ring, square, triangle; after four marks the next marker, so that sixteen differ in dash or marker."""
+    mark = (mark + mark // 4) % 4
+    if mark == 2:
         return f'<rect class="dot t{tone}" x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r:.1f}" height="{2 * r:.1f}"/>'
-    if mark % 4 == 3:
+    if mark == 3:
         d = f"M{x:.1f} {y - r * 1.2:.1f}l{r * 1.2:.1f} {r * 2.1:.1f}h{-2.4 * r:.1f}z"
         return f'<path class="dot t{tone}" d="{d}"/>'
-    return f'<circle class="{"ring" if mark % 4 else "dot"} t{tone}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
+    return f'<circle class="{"ring" if mark else "dot"} t{tone}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
 
 
 def _end_labels(lines: Sequence[Line], ends: Sequence[str], frame: Frame, gutter: float) -> str:

@@ -15,17 +15,7 @@ from rlhf_jax.trackers import flatten
 
 def header(heading: str, runs: Sequence[StageRun]) -> str:
     """Title, what ran and how far it is, and what went wrong."""
-    items = []
-    for run in runs:
-        last = max((points[-1][0] for points in run.columns.values()), default=amount(run, "step"))
-        total = amount(run, "total_steps")
-        steps = f"step {last:.0f} of {total:.0f}" if total else f"step {last:.0f}"
-        wall = amount(run, "wall_s")
-        whose = f" {text(run.label)}" if compares(runs) else ""
-        status = text(run.summary.get("status", "running"))
-        items.append(
-            f"<li><b>{text(run.name)}</b>{whose} · {status} · {steps}{f' · {_unbroken(duration(wall))}' if wall else ''}</li>"
-        )
+    items = [_progress(group) for group in by_stage(runs).values()]
     if not items:
         items.append("<li>Nothing is recorded yet.</li>")
     legend = ""
@@ -34,6 +24,20 @@ def header(heading: str, runs: Sequence[StageRun]) -> str:
         legend = "".join(f"<li>{swatch(tone % 8, tone)}{text(label)}</li>" for label, tone in marks.items())
         legend = f'<ul class="legend" aria-label="Runs">{legend}</ul>'
     return f'<header><h1>{text(heading)}</h1><ul class="stages">{"".join(items)}</ul>{legend}</header>{_alarms(runs)}'
+
+
+def _progress(group: Sequence[StageRun]) -> str:
+    """How far a stage is: one run in steps and time, several by how many are where."""
+    states = [str(run.summary.get("status", "running")) for run in group]
+    if len(group) > 1:
+        counts = ", ".join(f"{states.count(state)} {text(state)}" for state in dict.fromkeys(states))
+        return f"<li><b>{text(group[0].name)}</b> · {counts}</li>"
+    (run,) = group
+    last = max((points[-1][0] for points in run.columns.values()), default=amount(run, "step"))
+    total, wall = amount(run, "total_steps"), amount(run, "wall_s")
+    steps = f"step {last:.0f} of {total:.0f}" if total else f"step {last:.0f}"
+    spent = f" · {_unbroken(duration(wall))}" if wall else ""
+    return f"<li><b>{text(run.name)}</b> · {text(states[0])} · {steps}{spent}</li>"
 
 
 def _alarms(runs: Sequence[StageRun]) -> str:
