@@ -8,7 +8,7 @@ from rlhf_jax.config import Data, Model
 from rlhf_jax.data.formats import Purpose, Text, detect, normalise, rename
 from rlhf_jax.data.sources import BadRow, Source
 from rlhf_jax.data.table import open_sources
-from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
+from rlhf_jax.data.tokenizer import TEMPLATE, load_tokenizer, read_template, train_bpe
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -25,7 +25,7 @@ def corpus(data: Data, purpose: Purpose, *, seed: int = 0) -> Iterator[str]:
 
 def _texts(source: Source, number: int, data: Data, purpose: Purpose) -> list[str]:
     try:
-        row = rename(source.read(number), data.columns, source.name)
+        row = rename(source.row(number), data.columns, source.name)
         found = normalise(row, purpose, detect(row, purpose, source.name), source.name)
     except BadRow:
         return []  # the scan that follows reports it, or skips it
@@ -41,14 +41,16 @@ def run_tokenizer(model: Model, data: Data, purpose: Purpose, *, seed: int = 0, 
     `model.tokenizer`, else that of `model.path`, else the embedded task's, else (model.scratch) a byte-level BPE trained on the
     run's data and saved in `out_dir`. Errors: `UserError`.
     """
+    template = None if model.chat_template is None else read_template(model.chat_template)
     directory = model.tokenizer or model.path
     if directory is not None:
-        return load_tokenizer(directory, chat_template=model.chat_template)
+        return load_tokenizer(directory, chat_template=template)
     if data.task is not None:
         return _task(data.task).tokenizer()
     if model.scratch is None:
         raise UserError("model: give model.path (a directory), or model.scratch to start from random weights")
-    return train_bpe(corpus(data, purpose, seed=seed), model.scratch.vocabulary, out_dir)
+    texts = corpus(data, purpose, seed=seed)
+    return train_bpe(texts, model.scratch.vocabulary, out_dir, chat_template=template or TEMPLATE)
 
 
 def _task(name: str) -> Any:

@@ -39,11 +39,11 @@ class BadRow(UserError):
 
 @dataclass(frozen=True)
 class Source:
-    """Random access to rows. `read` raises `BadRow`; `where` names a row for messages ("pairs.jsonl:17")."""
+    """Random access to rows. `row` raises `BadRow`; `where` names a row for messages ("pairs.jsonl:17")."""
 
     name: str
     rows: int
-    read: Callable[[int], dict[str, Any]]
+    row: Callable[[int], dict[str, Any]]
     where: Callable[[int], str]
     digest: str  # BLAKE2b of the content, hex
 
@@ -126,13 +126,13 @@ def _lines(stream: IO[bytes], name: str, limit: int | None) -> Source:
             number, at = number + block.count(b"\n"), at + len(block)
         return f"{name}:{number}"
 
-    def read(i: int) -> dict[str, Any]:
+    def row(i: int) -> dict[str, Any]:
         raw = os.pread(descriptor, lengths[i], starts[i])
         return _parse(raw.removeprefix(_BOM) if starts[i] == 0 else raw, lambda: where(i))
 
-    weakref.finalize(read, os.close, descriptor)
+    weakref.finalize(row, os.close, descriptor)
     # A limit reads part of the file: what identifies the rows is then the blocks read and the number of rows.
-    return Source(name, len(starts), read, where, f"{digest.hexdigest()}:{len(starts)}")
+    return Source(name, len(starts), row, where, f"{digest.hexdigest()}:{len(starts)}")
 
 
 def _parse(raw: bytes, where: Callable[[], str]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _spooled(rows: Iterator[Any], name: str, limit: int | None) -> Source:
             raise UserError(f"{name}: 0 rows; expected at least one")
         file.seek(0)
         source = _lines(file, name, None)
-    return Source(name, source.rows, lambda i: source.read(i), lambda i: f"{name}: row {i}", source.digest)
+    return Source(name, source.rows, lambda i: source.row(i), lambda i: f"{name}: row {i}", source.digest)
 
 
 @contextlib.contextmanager

@@ -178,11 +178,11 @@ def _located(message: str, source: Source, number: int) -> str:
 
 
 def _form(source: Source, number: int, purpose: Purpose, data: Data) -> str:
-    return detect(rename(source.read(number), data.columns, source.name), purpose, source.name)
+    return detect(rename(source.row(number), data.columns, source.name), purpose, source.name)
 
 
 def _read(source: Source, number: int, purpose: Purpose, form: str, columns: dict[str, str]) -> Row:
-    return normalise(rename(source.read(number), columns, source.name), purpose, form, source.name)
+    return normalise(rename(source.row(number), columns, source.name), purpose, form, source.name)
 
 
 def _split_key(row: Row) -> int:

@@ -24,10 +24,9 @@ _PLAIN_TYPES = frozenset({
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
     """Read a tokenizer from a directory in Hugging Face layout (or by hub name, where there is a network).
 
-    `chat_template` is a file that replaces the tokenizer's own template. Errors: `UserError`.
+    `chat_template` is a jinja template (its text) that replaces the tokenizer's own. Errors: `UserError`.
     """
     directory = Path(path)
-    template = None if chat_template is None else _read(Path(chat_template), "model.chat_template")
     settings = _json(directory / "tokenizer_config.json")
     if directory.is_dir() and _is_plain(directory, settings):
         from tokenizers import Tokenizer as Backend
@@ -40,7 +39,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     return make_tokenizer(
         backend,
         names,
-        chat_template=own if template is None else template,
+        chat_template=own if chat_template is None else chat_template,
         more_eos=_generation_eos(directory),
         source=directory if directory.is_dir() else None,
     )
@@ -90,6 +89,11 @@ def _from_transformers(directory: Path, name: str) -> tuple[Any, dict[str, str |
     return backend, names, template if isinstance(template, str) else (template or {}).get("default")
 
 
+def read_template(path: str | Path) -> str:
+    """The text of a chat template file. Errors: `UserError`."""
+    return _read(Path(path), "model.chat_template")
+
+
 def _own_template(directory: Path, settings: dict[str, Any]) -> str | None:
     if (directory / "chat_template.jinja").exists():
         return _read(directory / "chat_template.jinja", "chat_template.jinja")
@@ -137,7 +141,7 @@ TEMPLATE = (
 _SPECIALS = ("<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
-def train_bpe(texts: Iterable[str], size: int, out_dir: str | Path | None = None) -> Tokenizer:
+def train_bpe(texts: Iterable[str], size: int, out_dir: str | Path | None = None, *, chat_template: str = TEMPLATE) -> Tokenizer:
     """Train a byte-level BPE vocabulary of `size` tokens (specials and 256 bytes included), and save it where asked.
 
     Distinct <pad>, <bos> (put before every text) and <eos>, and a chat template. The same texts give the same vocabulary.
@@ -161,7 +165,7 @@ def train_bpe(texts: Iterable[str], size: int, out_dir: str | Path | None = None
     backend.train_from_iterator((clean(text) for text in texts), trainer)
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = make_tokenizer(backend, names, chat_template=TEMPLATE)
+    tokenizer = make_tokenizer(backend, names, chat_template=chat_template)
     if out_dir is not None:
         tokenizer.save(out_dir)
         tokenizer = dataclasses.replace(tokenizer, source=Path(out_dir))

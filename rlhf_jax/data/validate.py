@@ -48,7 +48,7 @@ def validate(run: Run) -> Report:
 
 def _record(table: Table, weight: float, batch_size: int) -> dict[str, Any]:
     lengths = table.lengths.reshape(-1)
-    first = table.source.read(int(table.numbers[0]))
+    first = table.source.row(int(table.numbers[0]))
     record = {
         "source": table.source.name,
         "weight": weight,

@@ -21,6 +21,8 @@ def test_every_sequence_once_and_nothing_overflows(lengths: list[int]):
 def test_best_fit_fills_the_tightest_row():
     packs = [part.tolist() for part in pack(np.asarray([6, 4, 5, 5]), 10)]
     assert packs == [[0, 1], [2, 3]]
+    # The 4 goes where just 4 are free, so that 3 and 2 still fit beside the 5.
+    assert [part.tolist() for part in pack(np.asarray([6, 5, 4, 3, 2]), 10)] == [[0, 2], [1, 3, 4]]
 
 
 def test_padded_fraction():

@@ -42,7 +42,7 @@ def _write(path: Path, content: bytes) -> str:
 def test_formats_give_the_same_rows(tmp_path: Path, name: str, content: bytes):
     source = open_source(_write(tmp_path / name, content))
     assert len(source) == 5
-    assert [source.read(i) for i in (4, 0, 2, 1, 3)] == [ROWS[i] for i in (4, 0, 2, 1, 3)]
+    assert [source.row(i) for i in (4, 0, 2, 1, 3)] == [ROWS[i] for i in (4, 0, 2, 1, 3)]
     assert len(open_source(str(tmp_path / name), limit=2)) == 2
 
 
@@ -50,7 +50,7 @@ def test_lines_longer_than_a_block_and_blank_lines(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("rlhf_jax.data.sources._READ", 7)
     path = _write(tmp_path / "a.jsonl", b"\n  \n" + _jsonl(ROWS).replace(b"\n", b"\n   \n\n"))
     source = open_source(path)
-    assert [source.read(i) for i in range(5)] == ROWS
+    assert [source.row(i) for i in range(5)] == ROWS
     assert [source.where(i) for i in (0, 4)] == [f"{path}:3", f"{path}:15"]
     assert len(open_source(path, limit=3)) == 3
 
@@ -78,12 +78,12 @@ def test_bad_lines_are_named_by_path_line_and_column(tmp_path: Path, line: bytes
     path = _write(tmp_path / "a.jsonl", _jsonl(ROWS[:1]) + line + b"\n" + _jsonl(ROWS[1:]))
     source = open_source(path)
     with pytest.raises(BadRow) as caught:
-        source.read(1)
+        source.row(1)
     message = str(caught.value)
     assert message.startswith(path)
     assert all(piece in message for piece in pieces), message
     assert len(message) < 500
-    assert source.read(2) == ROWS[1]
+    assert source.row(2) == ROWS[1]
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_missing_file_and_directory(tmp_path: Path):
 
 def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path):
     line = rb'{"a": "x\ud83d", "b": ["\ud83d\ude00", {"\uDC00": 1}], "c": "\\ud83d"}'
-    row = open_source(_write(tmp_path / "a.jsonl", line)).read(0)
+    row = open_source(_write(tmp_path / "a.jsonl", line)).row(0)
     assert row == {"a": "x\ufffd", "b": ["😀", {"\ufffd": 1}], "c": "\\ud83d"}
 
 
 def test_elements_of_an_array_that_are_no_rows_are_bad_rows(tmp_path: Path):
     source = open_source(_write(tmp_path / "a.json", b'[{"a": 1}, 3]'))
     with pytest.raises(BadRow, match="must be a JSON object"):
-        source.read(1)
+        source.row(1)
 
 
 def test_missing_extras_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -167,7 +167,7 @@ def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", _module("pyarrow.parquet", ParquetFile=ParquetFile))
     path = _write(tmp_path / "a.parquet", b"PAR1")
     source = open_source(path)
-    assert [source.read(i) for i in range(5)] == ROWS
+    assert [source.row(i) for i in range(5)] == ROWS
     assert source.where(3) == f"{path}: row 3"
     assert len(open_source(path, limit=3)) == 3
     with pytest.raises(UserError, match="not a readable parquet file"):
@@ -188,7 +188,7 @@ def test_zstd_by_the_standard_library_or_the_extra(tmp_path: Path, monkeypatch: 
     for present, absent in (("compression.zstd", "zstandard"), ("zstandard", "compression.zstd")):
         monkeypatch.setitem(sys.modules, present, _module(present, **stand_in))
         monkeypatch.setitem(sys.modules, absent, None)
-        assert open_source(good).read(2) == ROWS[2]
+        assert open_source(good).row(2) == ROWS[2]
         with pytest.raises(UserError, match="damaged or not zst"):
             open_source(bad)
 
@@ -203,7 +203,7 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch):
         return ROWS
 
     monkeypatch.setitem(sys.modules, "datasets", _module("datasets", load_dataset=load_dataset))
-    assert [open_source(name).read(4) for name in ("some/data", "some/data:test")] == [ROWS[4]] * 2
+    assert [open_source(name).row(4) for name in ("some/data", "some/data:test")] == [ROWS[4]] * 2
     assert asked == [("some/data", "train"), ("some/data", "test")]
     with pytest.raises(UserError, match="without a network, give the path"):
         open_source("no/where")
@@ -219,7 +219,7 @@ def test_memory_stays_bounded(tmp_path: Path):
             file.write(json.dumps({"text": "x" * 1000, "n": number}) + "\n")
     tracemalloc.start()
     source = open_source(str(path))
-    assert source.read(23_999)["n"] == 23_999
+    assert source.row(23_999)["n"] == 23_999
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12e6, f"{peak / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data.tasks import TASKS
-from rlhf_jax.data.tokenizer import TEMPLATE, load_tokenizer, train_bpe
+from rlhf_jax.data.tokenizer import TEMPLATE, load_tokenizer, read_template, train_bpe
 from rlhf_jax.data.vocabulary import Tokenizer, clean, make_tokenizer
 from rlhf_jax.errors import UserError
 
@@ -80,7 +80,10 @@ def test_without_generation_markers_the_mask_comes_from_prefixes(tmp_path: Path)
         (HERE / "qwen2" / "chat_template.jinja").read_text().replace("{% generation %}", "").replace("{% endgeneration %}", "")
     )
     (tmp_path / "t.jinja").write_text(template)
-    marked, plain = load_tokenizer(HERE / "qwen2"), load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja"))
+    marked, plain = (
+        load_tokenizer(HERE / "qwen2"),
+        load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja")),
+    )
     messages = [*_cases("qwen2")["messages"], {"role": "assistant", "content": "Yes."}]
     assert plain.apply_chat(messages) == marked.apply_chat(messages)
     ids, trained = plain.apply_chat(messages, prompt_messages=3)
@@ -92,7 +95,7 @@ def test_tokens_after_the_end_of_a_turn_are_not_trained(tmp_path: Path):
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja"))
+    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja"))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     ids, trained = tokenizer.apply_chat(messages)
     own = [i for i, keep in zip(ids, trained, strict=True) if keep]
@@ -102,7 +105,7 @@ def test_tokens_after_the_end_of_a_turn_are_not_trained(tmp_path: Path):
 
 def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}")
-    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja"))
+    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja"))
     with pytest.raises(UserError, match="generation"):
         tokenizer.apply_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2)
 
@@ -111,17 +114,21 @@ def test_templates_that_raise_or_do_not_compile(tmp_path: Path):
     messages = [{"role": "system", "content": "a"}]
     (tmp_path / "t.jinja").write_text("{{ raise_exception('System role not supported') }}")
     with pytest.raises(UserError, match=r"roles \['system'\]: System role not supported"):
-        load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja")).render_chat(messages, add_generation_prompt=True)
+        load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja")).render_chat(
+            messages, add_generation_prompt=True
+        )
     (tmp_path / "t.jinja").write_text("{% for m in %}")
     with pytest.raises(UserError, match="chat template: line 1"):
-        load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja")).render_chat(messages, add_generation_prompt=True)
+        load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja")).render_chat(
+            messages, add_generation_prompt=True
+        )
     with pytest.raises(UserError, match=r"model.chat_template"):
-        load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "none.jinja"))
+        read_template(tmp_path / "none.jinja")
 
 
 def test_a_template_cannot_reach_python(tmp_path: Path):
     (tmp_path / "t.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=str(tmp_path / "t.jinja"))
+    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja"))
     with pytest.raises(UserError, match="unsafe"):
         tokenizer.render_chat([{"role": "user", "content": "a"}], add_generation_prompt=False)
 
@@ -237,6 +244,12 @@ def test_saving_keeps_the_files_and_everything_loads_in_transformers(tmp_path: P
             assert (tmp_path / name / "tokenizer.json").read_bytes() == (HERE / name / "tokenizer.json").read_bytes()
         else:
             assert ours.hash == tokenizer.hash
+    # AutoTokenizer rebuilds the pre-tokenizer of model type qwen2, whatever tokenizer.json says; so must we.
+    foreign = _copy("qwen2", tmp_path / "foreign")
+    body = json.loads((foreign / "tokenizer.json").read_text())
+    body["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (foreign / "tokenizer.json").write_text(json.dumps(body))
+    assert load_tokenizer(foreign).encode("the answer") == AutoTokenizer.from_pretrained(foreign)("the answer")["input_ids"]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     theirs = AutoTokenizer.from_pretrained(tmp_path / "bpe")
     found = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
