@@ -203,10 +203,13 @@ def test_rule_1_logits_of_all_positions_never_exist(what):
 def test_rule_1_float32_whatever_the_dtype(model):
     hidden, matrix, targets = model
     half = hidden.astype(jnp.bfloat16)
-    got, entropy = ops.token_logprobs(half, lambda h: h @ matrix.astype(jnp.bfloat16), targets, entropy=True)
+    head = matrix.astype(jnp.bfloat16)
+    got, entropy = ops.token_logprobs(half, lambda h: h @ head, targets, temperature=0.7, entropy=True)
     assert got.dtype == entropy.dtype == jnp.float32
-    logits = (half @ matrix.astype(jnp.bfloat16)).astype(jnp.float32)
-    np.testing.assert_array_equal(got, ops.logits_logprobs(logits, targets))
+    wide = (half @ head).astype(jnp.float32)  # the model's logits are rounded; nothing after them is
+    np.testing.assert_allclose(got, ops.logits_logprobs(wide / 0.7, targets), rtol=1e-6)
+    np.testing.assert_array_equal(ops.logits_logprobs(half @ head, targets), ops.logits_logprobs(wide, targets))
+    np.testing.assert_array_equal(ops.logits_entropy(half @ head), ops.logits_entropy(wide))
     mask = jnp.ones((B, R), bool)
     thirds = jnp.full((B, R), 1 / 3, jnp.bfloat16)
     outputs = (ops.whiten(thirds, mask), ops.masked_mean(thirds, mask), ops.kl_estimate(thirds, thirds, "k3"))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import config, ops
 from rlhf_jax.algorithms.training import require
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout, Scored
 
 
@@ -174,7 +175,7 @@ def classical_advantages(
 
 
 def check(settings: config.PPO) -> None:
-    """ValueError for settings that the classical functions do not have, so that none is ignored without a word.
+    """UserError for settings that the classical functions do not have, so that none is ignored without a word.
 
     Advantages are never whitened in this mode, whatever `whiten_advantages` says, because the original has no such step.
     """
@@ -183,4 +184,4 @@ def check(settings: config.PPO) -> None:
     changed = [name for name in [*names, "aggregation"] if getattr(settings, name) != getattr(plain, name)]
     changed += ["clip_low"] if settings.clip_low != settings.clip_high else []
     if changed:
-        raise ValueError(f"ppo.compat {settings.compat!r} has no {', '.join(changed)}: remove the key, or compat")
+        raise UserError(f"ppo.compat {settings.compat!r} has no {', '.join(changed)}: remove the key, or compat")

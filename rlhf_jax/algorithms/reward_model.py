@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax import config, ops
 from rlhf_jax.algorithms.training import Offline
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Calibration, Metrics, Params, Preferences
 
 
@@ -124,9 +125,9 @@ def loss(
 def build(settings: config.RewardModelLoss) -> Offline:
     """Reward modelling with these settings."""
     if settings.loss not in ("bradley_terry", "deepspeed_chat"):
-        raise ValueError(f"reward_model.loss {settings.loss!r}: one of bradley_terry, deepspeed_chat")
+        raise UserError(f"reward_model.loss {settings.loss!r}: one of bradley_terry, deepspeed_chat")
     if settings.loss == "deepspeed_chat" and (settings.centering_coef or settings.label_smoothing):
-        raise ValueError("reward_model.loss 'deepspeed_chat' has no centering_coef and no label_smoothing: remove them, or loss")
+        raise UserError("reward_model.loss 'deepspeed_chat' has no centering_coef and no label_smoothing: remove them, or loss")
     return Offline(loss=functools.partial(loss, settings), denominators=denominators)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import config
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Experience, Metrics, Params, RunState, TrainState
 
 Loss = Callable[..., tuple[jax.Array, Metrics]]
@@ -42,7 +43,7 @@ def learning_rate(settings: config.Optimizer, total_steps: int) -> optax.Schedul
     lr(t) = peak min(1, (t + 1) / warmup) (f + (1 - f) shape(progress)), progress from the end of warm-up to total_steps.
     """
     if settings.schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"optimizer.schedule {settings.schedule!r}: one of constant, linear, cosine")
+        raise UserError(f"optimizer.schedule {settings.schedule!r}: one of constant, linear, cosine")
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)
@@ -96,7 +97,7 @@ def split_rows(batch: Any, parts: int) -> Any:
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % parts:
-            raise ValueError(f"batch of {x.shape[0]} rows cannot be split into {parts} equal parts; change micro_batches")
+            raise UserError(f"batch of {x.shape[0]} rows cannot be split into {parts} equal parts; change micro_batches")
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)

@@ -9,6 +9,7 @@ import optax
 
 from rlhf_jax import ops
 from rlhf_jax.algorithms.training import Loss, accumulate, apply_gradients, require
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Experience, Frozen, Metrics, Moments, Params, Rollout, RunState, Scored, Sequences, TrainState
 
 
@@ -37,7 +38,7 @@ class Passes(NamedTuple):
 def minibatch_rows(key: jax.Array, batch_size: int, epochs: int, minibatches: int) -> jax.Array:
     """Rows of every minibatch: i32[epochs * minibatches, B // minibatches], a fresh permutation of the batch each epoch."""
     if batch_size % minibatches:
-        raise ValueError(f"batch of {batch_size} rows cannot be split into {minibatches} equal minibatches; change minibatches")
+        raise UserError(f"batch of {batch_size} rows cannot be split into {minibatches} equal minibatches; change minibatches")
     keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(jnp.arange(epochs))
     order = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
     return order.reshape(epochs * minibatches, batch_size // minibatches)
@@ -161,7 +162,7 @@ def make_update(
 
 def _check(losses: Losses, passes: Passes, state: RunState, ptx: Sequences | None) -> None:
     if (losses.ptx is None) != (ptx is None):
-        raise ValueError("ptx_coef > 0 and a batch of fine-tuning sequences (ptx_data) go together; give both or neither")
+        raise UserError("ptx_coef > 0 and a batch of fine-tuning sequences (ptx_data) go together; give both or neither")
     if passes.ema_decay is not None:
         require(state.ema, f"ema_decay {passes.ema_decay}: RunState.ema, a copy of the actor's parameters,")
     if losses.value is not None:
