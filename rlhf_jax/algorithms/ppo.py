@@ -154,7 +154,7 @@ def policy_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Clipped surrogate of each token's own ratio exp(log p - log p_old): see `clipped_surrogate`."""
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    log_ratio = jnp.where(mask, logprobs.astype(jnp.float32), 0.0) - jnp.where(mask, old_logprobs.astype(jnp.float32), 0.0)
+    log_ratio = logprobs.astype(jnp.float32) - old_logprobs.astype(jnp.float32)
     return clipped_surrogate(log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 

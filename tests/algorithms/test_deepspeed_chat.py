@@ -1,6 +1,8 @@
 """The classical five functions against what the original code computed on the same inputs, quirks included."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +254,14 @@ def test_functions_do_not_change_their_arguments_and_jit():
     grad = jax.grad(lambda v: ds.get_advantages_and_returns(v, rewards, 1)[0].sum())(rewards)
     assert advantages.shape == (2, 3)
     assert not np.asarray(grad).any()  # as the original's .detach()
+
+
+def test_the_page_about_the_five_stages_runs():
+    """docs/five_stages.md: every block of code, in order, in one namespace."""
+    page = (Path(__file__).parents[2] / "docs" / "five_stages.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "docs/five_stages.md", "exec"), namespace)  # noqa: S102 - this repository's own page
+    assert namespace["ours_v"].shape == ()
