@@ -18,6 +18,8 @@ from rlhf_jax.data.tasks import reviews
 
 MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
 RESPONSE = 24  # tokens
+HELD_OUT = 256  # pairs that only measure a reward model
+STEPS = {"sft": 220, "reward": 70, "ppo": 24, "hacked": 60, "addition": 40}
 
 
 def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
@@ -48,7 +50,7 @@ def run_overoptimization(out: Path, seed: int) -> list[Path]:
         scorer = train_scorer(out / f"reward-{name}", tuned, out / f"pairs-{name}.jsonl", pairs, seed)
         stages += [
             out / f"reward-{name}",
-            train_policy(out / f"ppo-{name}", tuned, scorer, seed, kl_coef=0.0, rate=6e-4, steps=60),
+            train_policy(out / f"ppo-{name}", tuned, scorer, seed, kl_coef=0.0, rate=6e-4, steps=STEPS["hacked"]),
         ]
     return stages
 
@@ -57,7 +59,7 @@ def run_addition(out: Path, seed: int) -> list[Path]:
     """Fine-tune on sums of which half are wrong, then PPO on a reward that is checked."""
     tuned = fine_tune(out, "addition", seed)
     data = config.Data(task="addition", max_prompt_tokens=8)
-    settings = policy_settings(out / "ppo", tuned, seed, data=data, response=5, steps=40)
+    settings = policy_settings(out / "ppo", tuned, seed, data=data, response=5, steps=STEPS["addition"])
     return [out / "sft", online.run("ppo", settings)]
 
 
@@ -65,31 +67,30 @@ def fine_tune(out: Path, task: Any, seed: int) -> Path:
     settings = config.SFTRun(
         out=str(out / "sft"),
         seed=seed,
-        steps=220,
+        steps=STEPS["sft"],
         model=config.Model(scratch=MODEL),
         data=config.Data(task=task, max_tokens=40, eval_fraction=0.03),
         optimizer=config.Optimizer(learning_rate=3e-3, beta2=0.99, eps=1e-8, warmup_steps=10),
         save=config.Save(every=0),
-        log=config.Log(eval_every=110),
+        log=config.Log(eval_every=STEPS["sft"] // 2),
     )
     return offline.run("sft", settings) / "final"
 
 
 def train_scorer(out: Path, tuned: Path, pairs: Path, count: int, seed: int) -> Path:
-    """A reward model from `count` training pairs (and 256 more that only measure it)."""
-    held_out = 256
+    """A reward model from `count` training pairs (and HELD_OUT more that only measure it)."""
     if not pairs.is_file():
-        write_pairs(pairs, tuned, count + held_out, seed)
+        write_pairs(pairs, tuned, count + HELD_OUT, seed)
     settings = config.RewardRun(
         out=str(out),
         seed=seed,
-        steps=70,
+        steps=STEPS["reward"],
         model=config.Model(path=str(tuned)),
-        data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=held_out / (count + held_out)),
+        data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=HELD_OUT / (count + HELD_OUT)),
         optimizer=config.Optimizer(learning_rate=6e-4, beta2=0.99, eps=1e-8, warmup_steps=10),
         reward_model=config.RewardModelLoss(centering_coef=0.01),
         save=config.Save(every=0),
-        log=config.Log(eval_every=35),
+        log=config.Log(eval_every=STEPS["reward"] // 2),
     )
     return offline.run("reward", settings) / "final"
 
@@ -143,11 +144,11 @@ def policy_settings(
 
 
 def train_policy(
-    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.03, rate: float = 3e-4, steps: int = 24
+    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.03, rate: float = 3e-4, steps: int | None = None
 ) -> Path:
     data = config.Data(task="reviews", max_prompt_tokens=8)
     settings = policy_settings(
-        out, tuned, seed, data=data, response=RESPONSE, steps=steps, kl_coef=kl_coef, rate=rate, scorer=scorer
+        out, tuned, seed, data=data, response=RESPONSE, steps=steps or STEPS["ppo"], kl_coef=kl_coef, rate=rate, scorer=scorer
     )
     return online.run("ppo", settings)
 

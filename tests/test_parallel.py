@@ -1,0 +1,152 @@
+"""One number per model and mesh: what is computed does not depend on how it is split, and nothing moves without need."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import build, config, hlo, parallel, programs
+from rlhf_jax.algorithms import training
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import scratch_spec
+from rlhf_jax.types import Frozen, Sequences
+
+MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+SETTINGS = config.SFTRun(
+    model=config.Model(
+        scratch=config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, vocabulary=64),
+        remat="full",
+        logprob_chunk=8,
+    ),
+    batch_size=8,
+    micro_batches=1,
+    optimizer=config.Optimizer(learning_rate=1e-2, schedule="constant"),
+)
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return parallel.make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def batch() -> Sequences:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(4, 17, 8)
+    mask = np.arange(16)[None] < lengths[:, None]
+    tokens = np.where(mask, rng.integers(3, 64, (8, 16)), 0).astype(np.int32)
+    return Sequences(tokens=tokens, mask=mask, target_mask=mask & (np.arange(16)[None] > 0))
+
+
+def prepared(shape: tuple[int, int, int]) -> tuple:
+    """Compiled update, state and batch on a mesh, and its program's text."""
+    mesh = mesh_of(*shape)
+    spec = scratch_spec(SETTINGS.model.scratch, 64)
+    part = build.abstract_part(SETTINGS.model, spec, mesh, head="lm", trained=True)
+    tx = training.make_optimizer(SETTINGS.optimizer, 10)
+    abstract = programs.abstract_offline_state(mesh, tx, part.trained)
+    update, _ = programs.offline_functions("sft", SETTINGS, build.offline_algorithm("sft", SETTINGS), part.model, tx)
+    step = parallel.compile_step(update, out=(programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,))
+    init = parallel.compile_step(
+        lambda key: programs.init_offline_state(tx, part.model.init(key, head="lm")), out=programs.shardings(abstract)
+    )
+    return step, init(jax.random.key(0)), parallel.place(batch(), parallel.batch_sharding(mesh))
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[float, list[np.ndarray]]:
+    """Loss and gradients on one device."""
+    return loss_and_gradients((1, 1, 1))
+
+
+def loss_and_gradients(shape: tuple[int, int, int]) -> tuple[float, list[np.ndarray]]:
+    """Of the first step: Adam's first moment is 0.1 times the (clipped) gradient. The second step's program is the first's."""
+    step, state, rows = prepared(shape)
+    state, metrics = step(state, rows, Frozen())
+    moments = optax.tree_utils.tree_get(state.trained.opt_state, "mu")
+    gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(moments))]
+    step(state, rows, Frozen())
+    assert step._cache_size() == 1
+    return float(metrics["sft/loss_nats"]), gradients
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_mesh_changes_no_number(shape: tuple[int, int, int], alone: tuple[float, list[np.ndarray]]) -> None:
+    loss, gradients = loss_and_gradients(shape)
+    np.testing.assert_allclose(loss, alone[0], rtol=5e-6)
+    for got, want in zip(gradients, alone[1], strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * float(np.abs(want).max()))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
+def test_pure_data_parallelism_moves_gradients_alone() -> None:
+    step, state, rows = prepared((8, 1, 1))
+    found = hlo.report(step.lower(state, rows, Frozen()).compile().as_text()).collectives
+    assert set(found) == {"all-reduce"}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.trained.params))
+    assert found["all-reduce"].bytes <= 4 * parameters + 1024  # each gradient once, and a few scalars
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
+def test_parameters_are_gathered_no_more_often_than_they_are_used() -> None:
+    step, state, rows = prepared((1, 8, 1))
+    found = hlo.report(step.lower(state, rows, Frozen()).compile().as_text()).collectives
+    assert "all-to-all" not in found
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.trained.params))
+    assert found["all-gather"].bytes <= 4 * 4 * parameters  # forward, recomputed forward, backward; the embedding twice
+
+
+def test_states_lie_where_their_parameters_lie() -> None:
+    mesh = mesh_of(1, jax.device_count(), 1)
+    part = build.abstract_part(SETTINGS.model, scratch_spec(SETTINGS.model.scratch, 64), mesh, head="lm", trained=True)
+    state = programs.abstract_train_state(mesh, training.make_optimizer(SETTINGS.optimizer, 10), part.trained)
+    wanted = {(leaf.shape, leaf.sharding.spec) for leaf in jax.tree.leaves(part.trained)}
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert moments
+    assert all((leaf.shape, leaf.sharding.spec) in wanted for leaf in moments)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (config.Mesh(data=3, fsdp=-1), ["data=3", "devices", "-1"]),
+        (config.Mesh(data=1, fsdp=99, tensor=1), ["99", "one of"]),
+        (config.Mesh(data=-1, fsdp=-1), ["one at most is -1"]),
+        (config.Mesh(data=0, fsdp=-1), ["positive"]),
+    ],
+)
+def test_a_mesh_that_the_devices_cannot_make_is_refused_with_the_arithmetic(mesh: config.Mesh, words: list[str]) -> None:
+    devices = [jax.devices()[0]] * 8
+    with pytest.raises(UserError) as error:
+        parallel.make_mesh(mesh, devices)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_sizes_that_the_mesh_does_not_divide_are_refused_with_the_nearest_that_it_does() -> None:
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES)
+    with pytest.raises(UserError, match=r"batch_size=6 is not a multiple of 4 \(data=2 x fsdp=2\); nearest: 4 or 8"):
+        parallel.check_divides(mesh, {"batch_size": ("batch", 6)})
+    with pytest.raises(UserError, match=r"attention heads=3 .* nearest: 2 or 4"):
+        parallel.check_divides(mesh, {"attention heads": ("heads", 3)})
+    parallel.check_divides(mesh, {"batch_size": ("batch", 8), "attention heads": ("heads", 4)})
+
+
+def test_a_dimension_that_cannot_be_split_is_kept_whole() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), parallel.AXES)
+    assert parallel.partition(mesh, ("embed", "mlp"), (12, 7)) == PartitionSpec("fsdp", None)
+    assert parallel.partition(mesh, ("embed", "embed"), (4, 4)) == PartitionSpec("fsdp", None)
+    assert parallel.partition(mesh, ("embed", "mlp"), (12, 8), gather=("fsdp",)) == PartitionSpec(None, "tensor")
+
+
+def test_place_and_fetch_are_inverse() -> None:
+    mesh = mesh_of(1, jax.device_count(), 1)
+    value = np.arange(16, dtype=np.float32).reshape(8, 2)
+    placed = parallel.place({"x": value}, parallel.batch_sharding(mesh))
+    assert isinstance(placed["x"].sharding, NamedSharding)
+    np.testing.assert_array_equal(parallel.fetch(placed)["x"], value)
+
+
+def test_constrain_is_the_identity_on_one_device() -> None:
+    x = jnp.ones((2, 2))
+    assert parallel.make_constrain(mesh_of(1, 1, 1))(x, ("batch", None)) is x

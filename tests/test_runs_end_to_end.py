@@ -1,0 +1,251 @@
+"""Fine-tuning, reward model, PPO as the commands run them, with tiny models: what they write, that they agree with themselves."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import config, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax.data.tokenizer import load_tokenizer
+
+TINY = config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, max_length=64)
+OPTIMIZER = config.Optimizer(learning_rate=3e-3, schedule="constant", eps=1e-8)
+DATA = config.Data(task="reviews", max_prompt_tokens=8, max_tokens=40, limit=256)
+LOG, SAVE = config.Log(eval_every=2, eval_prompts=3), config.Save(every=2)
+
+
+def sft_run(out: Path, **changes: Any) -> config.SFTRun:
+    run = config.SFTRun(
+        out=str(out), steps=4, batch_size=16, model=config.Model(scratch=TINY), data=DATA, optimizer=OPTIMIZER, log=LOG, save=SAVE
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def ppo_run(out: Path, tuned: Path, scorer: Path | None, **changes: Any) -> config.PPORun:
+    run = config.PPORun(
+        out=str(out),
+        steps=3,
+        batch_size=16,
+        model=config.Model(path=str(tuned)),
+        data=DATA,
+        reward=config.Reward(model=None if scorer is None else str(scorer)),
+        sampling=config.Sampling(max_new_tokens=12),
+        ppo=config.PPO(epochs=2, minibatches=2, kl_coef=0.02),
+        actor_optimizer=OPTIMIZER,
+        critic_optimizer=OPTIMIZER,
+        log=LOG,
+        save=SAVE,
+    )
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a fine-tuned model and a reward model."""
+    out = tmp_path_factory.mktemp("runs")
+    offline.run("sft", sft_run(out / "sft"))
+    settings = config.RewardRun(
+        out=str(out / "reward"),
+        steps=4,
+        batch_size=16,
+        model=config.Model(path=str(out / "sft" / "final")),
+        data=DATA,
+        optimizer=OPTIMIZER,
+        log=LOG,
+        save=SAVE,
+    )
+    offline.run("reward", settings)
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy(base: Path) -> tuple[Path, setups.OnlineSetup]:
+    """A PPO run against them, and what it held."""
+    made: list[setups.OnlineSetup] = []
+    with pytest.MonkeyPatch.context() as patch:
+        set_up = setups.set_up_online
+        patch.setattr(setups, "set_up_online", lambda plan: made.append(set_up(plan)) or made[0])
+        out = online.run("ppo", ppo_run(base / "ppo", base / "sft" / "final", base / "reward" / "final"))
+    return out, made[0]
+
+
+def rows_of(out: Path, key: str) -> list[dict[str, Any]]:
+    return [row for row in metrics.read_rows(out / metrics.METRICS) if key in row]
+
+
+def test_fine_tuning_lowers_the_loss_and_writes_what_it_should(base: Path) -> None:
+    rows = rows_of(base / "sft", "sft/loss_nats")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["sft/loss_nats"] < rows[0]["sft/loss_nats"]
+    assert [row["step"] for row in rows_of(base / "sft", "sft/eval_loss_nats")] == [0, 2, 4]
+    for name in ("config.resolved.yaml", "summary.json", "report.html", "final/config.json", "final/tokenizer.json"):
+        assert (base / "sft" / name).is_file(), name
+    assert metrics.read_summary(base / "sft")["status"] == "finished"
+
+
+def test_a_reward_model_is_saved_with_its_calibration(base: Path) -> None:
+    saved = json.loads((base / "reward" / "final" / "config.json").read_text())
+    assert saved["architectures"] == ["LlamaForSequenceClassification"]
+    found = models.load_checkpoint(base / "reward" / "final", head="score")
+    assert found.calibration.std > 0
+    assert (found.calibration.mean, found.calibration.std) != (0.0, 1.0)
+    summary = metrics.read_summary(base / "reward")
+    assert sum(each["count"] for each in summary["calibration"]) > 0
+
+
+def test_every_metric_of_ppo_is_there(policy: tuple[Path, setups.OnlineSetup]) -> None:
+    rows = rows_of(policy[0], "reward/score")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    wanted = [
+        "reward/score",
+        "reward/gold",
+        "kl/per_sequence_nats",
+        "kl/per_token_nats",
+        "policy/approx_kl_nats",
+        "policy/clip_fraction",
+        "value/clip_fraction",
+        "policy/ratio_mean",
+        "policy/ratio_max",
+        "policy/entropy_nats",
+        "value/explained_variance",
+        "response/length_tokens",
+        "response/eos_rate",
+        "value/loss",
+        "value/squared_error",
+        "policy/loss",
+        "kl/coef",
+        "policy/first_ratio_mean",
+        "policy/first_ratio_p99",
+        "policy/first_ratio_max",
+        "rollout/logprob_gap_max_nats",
+        "time/step_s",
+        "throughput/tokens_per_s",
+        "memory/peak_mb",
+    ]
+    assert [name for name in wanted if name not in rows[0]] == []
+
+
+def test_rule_10_the_first_ratio_is_one_and_sampling_agrees_with_scoring(policy: tuple[Path, setups.OnlineSetup]) -> None:
+    for row in rows_of(policy[0], "reward/score"):
+        assert row["policy/first_ratio_max"] < 1e-4
+        assert row["rollout/logprob_gap_max_nats"] < 1e-4
+    assert rows_of(policy[0], "eval/score")[0]["eval/kl_per_sequence_nats"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_few_programs_and_none_compiled_twice(policy: tuple[Path, setups.OnlineSetup]) -> None:
+    do = policy[1].do
+    assert len(do) <= 8
+    assert {name: step._cache_size() for name, step in do.items()} == dict.fromkeys(do, 1)
+
+
+def test_samples_are_answers_to_fixed_prompts(policy: tuple[Path, setups.OnlineSetup]) -> None:
+    rows = metrics.read_rows(policy[0] / metrics.SAMPLES)
+    by_step: dict[int, list] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], []).append((row["index"], row["prompt"]))
+    assert sorted(by_step) == [0, 2, 3]
+    assert by_step[0] == by_step[2] == by_step[3]
+    assert len(by_step[0]) == 3
+    assert all(row["gold"] is not None and row["length_tokens"] >= 1 for row in rows)
+
+
+def test_actor_and_critic_are_exported(policy: tuple[Path, setups.OnlineSetup], base: Path) -> None:
+    actor = models.load_checkpoint(policy[0] / "final", head="lm")
+    start = models.load_checkpoint(base / "sft" / "final", head="lm")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), actor.params, start.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    critic = models.load_checkpoint(policy[0] / "final-critic", head="value")
+    assert critic.drawn == ()
+    assert load_tokenizer(policy[0] / "final").hash == load_tokenizer(base / "sft" / "final").hash
+
+
+def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, setups.OnlineSetup], base: Path) -> None:
+    before = (policy[0] / metrics.METRICS).read_bytes()
+    online.run("ppo", ppo_run(base / "ppo", base / "sft" / "final", base / "reward" / "final"))
+    assert (policy[0] / metrics.METRICS).read_bytes() == before
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
+def test_one_device_and_eight_agree(
+    policy: tuple[Path, setups.OnlineSetup], base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = parallel.make_mesh
+    monkeypatch.setattr(parallel, "make_mesh", lambda shape, devices=None: whole(shape, (devices or jax.devices())[:1]))
+    alone = online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final"))
+    for one, eight in zip(rows_of(alone, "reward/score"), rows_of(policy[0], "reward/score"), strict=True):
+        for name in ("reward/score", "kl/per_sequence_nats", "response/length_tokens", "policy/loss", "value/loss"):
+            assert one[name] == pytest.approx(eight[name], rel=2e-4, abs=2e-5), (one["step"], name)
+    answers = [[row["response"] for row in metrics.read_rows(out / metrics.SAMPLES)] for out in (alone, policy[0])]
+    assert answers[0] == answers[1]
+
+
+def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_path: Path) -> None:
+    algorithm = config.PPO(
+        epochs=1, ptx_coef=0.5, ema_decay=0.9, adaptive_kl=config.AdaptiveKL(target=0.1, horizon=100.0), kl_estimator="exact"
+    )
+    settings = ppo_run(
+        tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final", ppo=algorithm, ptx_data=DATA, steps=2, score_parts=2
+    )
+    out = online.run("ppo", settings)
+    rows = rows_of(out, "reward/score")
+    assert rows[1]["kl/coef"] != rows[0]["kl/coef"]
+    assert all(row["ptx/loss_nats"] > 0 for row in rows)
+    assert (out / "final-ema" / "config.json").is_file()
+    assert any("eval_ema/score" in row for row in rows_of(out, "eval/score"))
+
+
+def test_grpo_runs_through_the_same_loop_without_a_critic(base: Path, tmp_path: Path) -> None:
+    settings = config.GRPORun(
+        out=str(tmp_path / "grpo"),
+        steps=2,
+        batch_size=16,
+        model=config.Model(path=str(base / "sft" / "final")),
+        data=DATA,
+        reward=config.Reward(functions=(config.RewardFunction(function="length", options={"target": 6}),)),
+        sampling=config.Sampling(max_new_tokens=12, top_k=20),
+        grpo=config.GRPO(group_size=4),
+        actor_optimizer=OPTIMIZER,
+        log=LOG,
+        save=SAVE,
+    )
+    out = online.run("grpo", settings)
+    rows = rows_of(out, "reward/score")
+    assert len(rows) == 2
+    assert rows[0]["rollout/logprob_gap_max_nats"] < 1e-4  # with kept sets, too
+    assert not (out / "final-critic").exists()
+
+
+def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:
+    settings = ppo_run(
+        tmp_path / "lora",
+        base / "sft" / "final",
+        base / "reward" / "final",
+        steps=2,
+        model=config.Model(path=str(base / "sft" / "final"), lora=config.Lora(rank=2, alpha=4.0)),
+    )
+    out = online.run("ppo", settings)
+    rows = rows_of(out, "eval/score")
+    assert rows[0]["eval/kl_per_sequence_nats"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(rows[-1]["eval/kl_per_sequence_nats"]) > 1e-6
+    merged = models.load_checkpoint(out / "final", head="lm")
+    start = models.load_checkpoint(base / "sft" / "final", head="lm")
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), merged.params, start.params)
+    assert same["embed"]["embedding"]
+    assert not same["layers"]["attention"]["q"]["kernel"]
+
+
+def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "STEPS", {"sft": 4, "reward": 4, "ppo": 2, "hacked": 2, "addition": 2})
+    monkeypatch.setattr(quickstart, "MODEL", TINY)
+    monkeypatch.setattr(quickstart, "HELD_OUT", 64)
+    text = quickstart.run(out=tmp_path / "q", demo=None, task="reviews", seed=0)
+    assert "gold reward" in text
+    assert "next    rlhf-jax" in text
+    for name in ("report.html", "metrics.jsonl", "samples.jsonl", "final/config.json", "pairs.jsonl"):
+        assert (tmp_path / "q" / name).is_file(), name
+    stages = {row["stage"] for row in metrics.read_rows(tmp_path / "q" / metrics.METRICS)}
+    assert stages == {"sft", "reward", "ppo"}
