@@ -87,7 +87,7 @@ def quickstart(
     if demo is not None and task is not Task.reviews:
         raise UserError(f"--demo {demo}: only the task reviews has it; leave --task out")
     module = _start("quickstart")
-    module.run(out=out, demo=demo and demo.value, task=task.value, seed=seed)
+    typer.echo(module.run(out=out, demo=demo and demo.value, task=task.value, seed=seed))
 
 
 def _training_command(stage: str, summary: str) -> None:

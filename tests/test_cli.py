@@ -103,8 +103,8 @@ def test_a_run_that_was_asked_to_stop_says_how_to_go_on(run, monkeypatch, tmp_pa
 
 def test_quickstart_passes_its_options(run, monkeypatch):
     calls = []
-    fake(monkeypatch, "quickstart", run=lambda **kwargs: calls.append(kwargs))
-    assert run("quickstart") == (0, "", "")
+    fake(monkeypatch, "quickstart", run=lambda **kwargs: calls.append(kwargs) or "three numbers")
+    assert run("quickstart") == (0, "three numbers\n", "")
     assert run("quickstart", "--out", "a", "--task", "addition", "--seed", "2")[0] == 0
     assert run("quickstart", "--demo", "overoptimization")[0] == 0
     assert calls == [

@@ -29,7 +29,7 @@ FLOORS = {
     "data": {"data"},
     "rewards": {"rewards"},
     "placement": {"parallel"},
-    "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs"},
+    "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs", "shelf"},
     "seeing": {"metrics", "progress", "trackers", "report", "plots", "evaluate"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
