@@ -1,0 +1,59 @@
+"""Every family against transformers: stored reference outputs, weights drawn by name, float32."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reference as ref
+import variants as cases
+
+from rlhf_jax.models import FAMILIES, load_checkpoint, make_model
+from rlhf_jax.models.heads import rightmost_non_pad
+
+
+def test_every_family_has_a_variant():
+    text_only = set(FAMILIES) - {"gemma3"}  # the same decoder as gemma3_text under other names: test_files.py
+    assert {model_type for model_type, _ in cases.VARIANTS.values()} == text_only
+
+
+@pytest.mark.parametrize("name", cases.VARIANTS)
+def test_logits_and_scores_are_those_of_transformers(name, tmp_path):
+    """Left padding, right padding and none (the first row is as long as the batch) in one batch of six."""
+    checkpoint = load_checkpoint(ref.checkpoint(tmp_path, name))
+    scorer = load_checkpoint(ref.checkpoint(tmp_path / "reward", name, head="score"), head="score")
+    model = make_model(checkpoint.spec)
+    pairs = [ref.tokens("rows", side) for side in ("left", "right")]
+    ids, mask = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+
+    def forward(params, head, ids, mask):
+        states = model.hidden(params, ids, mask)
+        return model.logits(params, states), model.score(head, states)
+
+    logits, scores = jax.jit(forward, compiler_options=ref.FAST)(checkpoint.params, {"score": scorer.params["score"]}, ids, mask)
+    expected, atol = ref.reference(name).outputs, 2e-4 if name in ref.MIXTURES else 1e-4
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    for half, (side_ids, side_mask) in enumerate(pairs):
+        rows = slice(3 * half, 3 * half + 3)
+        for row in range(3):
+            mine, theirs = np.flatnonzero(side_mask[row]), np.flatnonzero(pairs[0][1][row])
+            step = cases.VOCAB // 20
+            np.testing.assert_allclose(logits[rows][row, mine, ::step], expected["columns"][row, theirs], atol=atol, rtol=0)
+            got = logp[rows][row, mine[:-1], side_ids[row, mine[1:]]]
+            np.testing.assert_allclose(got, expected["logprobs"][row, theirs[:-1]], atol=atol, rtol=0)
+        at = np.asarray(rightmost_non_pad(jnp.asarray(side_ids), 0))
+        np.testing.assert_array_equal(at, side_mask.shape[1] - 1 - np.argmax(side_mask[:, ::-1], 1))
+        np.testing.assert_allclose(np.asarray(scores)[rows][np.arange(3), at], expected["score"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases.LONG)
+def test_ropes_that_change_beyond_a_length(name, tmp_path):
+    checkpoint = load_checkpoint(ref.checkpoint(tmp_path, name))
+    model = make_model(checkpoint.spec)
+    ids, mask = ref.tokens("long")
+    logits = jax.jit(lambda p: model.logits(p, model.hidden(p, ids, mask)), compiler_options=ref.FAST)(checkpoint.params)
+    np.testing.assert_allclose(logits[..., :: cases.VOCAB // 20], ref.reference(name).outputs["long"], atol=1e-4, rtol=0)
