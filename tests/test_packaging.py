@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 import subprocess
@@ -56,6 +57,7 @@ MAY_KNOW = {
 WITHOUT_JAX = ("cli", "config", "config_file", "config_table", "checks", "strict_yaml", "environment", "errors", "topologies")
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
