@@ -149,6 +149,8 @@ def test_long_labels_lose_what_they_share(tmp_path):
     assert [run.label for run in load_runs(paths)] == ["0.0-seed-0", "0.1-seed-1"]
     odd = [runs.ppo(tmp_path / name, steps=2) for name in ("the-same-long-beginning", "the-same-long-beginning-b")]
     assert len({run.label for run in load_runs(odd)}) == 2
+    near = [runs.ppo(tmp_path / name, steps=2) for name in ("the-same-long-beginning-x_", "the-same-long-beginning-x-")]
+    assert len({run.label for run in load_runs(near)}) == 2
 
 
 # Runs with holes.
@@ -270,6 +272,10 @@ def test_what_models_write_is_inert(tmp_path):
     assert "script-src" not in page.policy
     assert "unsafe-inline" not in page.policy
     assert "hunter2" not in source
+    twin = runs.ppo(tmp_path / "<b>twin" / "ppo", nasty=True)
+    (twin / "summary.json").write_text(json.dumps({"stage": "ppo", "status": runs.NASTY, "numbers": {runs.NASTY: runs.NASTY}}))
+    for found in ([twin], [path, twin]):
+        assert runs.NASTY in report(found, tmp_path).prose
 
 
 def test_text_shows_what_would_act_in_silence():
@@ -452,7 +458,7 @@ def drawn(tmp_path_factory):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1280], ids=["phone", "desktop"])
 def test_it_looks_right_in_a_browser(drawn, width, dark):
-    with headless.opened(drawn, width=width, height=900, dark=dark) as page:
+    with headless.opened(drawn, width=width, height=1000 if width < 500 else 640, dark=dark) as page:
         wide = page.evaluate("document.documentElement.scrollWidth")
         title = page.evaluate("document.title")
         smallest = page.evaluate(
