@@ -29,6 +29,9 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "repetition": repetition,
 }
 
+SPREAD = ("prompts", "responses", "completions")  # a function whose first parameter is one of these gets the batch in pieces
+_VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
 HostReward = Callable[[RewardInput], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -36,7 +39,8 @@ def make_reward(reward: config.Reward, tokenizer: Any = None) -> HostReward:
     """The host rewards of a configuration as one function: batch -> (f32[B] weighted sum, {"reward/<name>": f32[B] unweighted}).
 
     Every part runs with `timeout_s` and is checked: a part that raises, is late or is not B finite numbers stops the run with a
-    `RewardError`. Functions of the user's are called as `function(RewardInput, **options)`. Errors: `UserError` when made.
+    `RewardError`. A function of the user's is called as `function(RewardInput, **options)`, or, where its first parameter is
+    named prompts, responses or completions, with keywords: those, and the data's columns. Errors: `UserError` when made.
     """
     parts: list[tuple[str, float, Callable[[RewardInput], Any]]] = []
     for entry in reward.functions:
@@ -90,20 +94,42 @@ def _bound(entry: config.RewardFunction, tokenizer: Any) -> Callable[[RewardInpu
     """A function with its options filled in. Errors: `UserError` for options that it does not take."""
     function = REWARDS.get(entry.function) or load_function(entry.function)
     options = dict(entry.options)
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    taken = [name for name in list(parameters)[1:] if name != "tokenizer"]
+    spread = next(iter(parameters), "") in SPREAD
+    skipped = [*SPREAD, "finished"] if spread else list(parameters)[:1]
+    taken = [name for name, p in parameters.items() if name not in [*skipped, "tokenizer"] and p.kind not in _VARIABLE]
     for key in options:
         if key not in taken and not open_ended:
             raise UserError(f"reward.functions: {entry.function} takes no option {key!r}; it takes: {', '.join(taken) or 'none'}")
     for name in taken:
-        parameter = parameters[name]
-        needed = parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        if needed and name not in options:
+        if parameters[name].default is inspect.Parameter.empty and name not in options and not spread:
             raise UserError(f"reward.functions: {entry.function} needs the option {name!r}; add options: {{{name}: …}}")
     if "tokenizer" in parameters:
         options.setdefault("tokenizer", tokenizer)
+    if spread:
+        return functools.partial(_call_spread, function, entry.function, parameters, open_ended, options)
     return functools.partial(function, **options)
+
+
+def _call_spread(
+    function: Callable[..., Any],
+    name: str,
+    parameters: dict[str, inspect.Parameter],
+    open_ended: bool,
+    options: dict[str, Any],
+    batch: RewardInput,
+) -> Any:
+    """Call a function that is written `f(prompts, completions, **columns)`, as TRL's are."""
+    given = {"prompts": batch.prompts, "responses": batch.responses, "completions": batch.responses, "finished": batch.finished}
+    offered = batch.columns | given | options
+    for key, parameter in parameters.items():
+        if key not in offered and parameter.default is parameter.empty and parameter.kind not in _VARIABLE:
+            raise RewardError(
+                f"reward {name}: it takes {key!r}, which is neither a column of the data ({', '.join(batch.columns) or 'none'}) "
+                f"nor an option; rename the parameter, or add options: {{{key}: …}}"
+            )
+    return function(**{key: value for key, value in offered.items() if key in parameters or (open_ended and key not in given)})
 
 
 def _weight(weight: float, key: str) -> float:

@@ -78,6 +78,29 @@ def test_a_function_of_the_users_gets_columns_and_options(tmp_path: Path):
     assert _run(f"{target}:score", _batch(["a", "bb"], bonus=[0.5, 0.25]), scale=2.0).tolist() == [2.5, 4.25]
 
 
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "prompts, completions, **columns",
+        "completions, answer, **rest",
+        "responses, answer, scale=1.0",
+        "prompts, responses, finished, answer",
+    ],
+)
+def test_functions_written_for_other_libraries(tmp_path: Path, signature: str):
+    answers = "columns['answer']" if "**columns" in signature else "answer"
+    texts = "completions" if "completions" in signature else "responses"
+    code = f"def score({signature}):\n    return [float(t == a) for t, a in zip({texts}, {answers})]\n"
+    target = _file(tmp_path / "mine.py", code)
+    batch = _batch(["4", "5"], answer=["4", "4"], source=["x", "y"])
+    assert _run(f"{target}:score", batch).tolist() == [1.0, 0.0]
+    if "answer" in signature:
+        with pytest.raises(RewardError, match=r"takes 'answer', which is neither a column of the data \(source\)"):
+            _run(f"{target}:score", _batch(["4"], source=["x"]))
+    with pytest.raises(UserError, match="takes no option 'typo'"):
+        _run(f"{_file(tmp_path / 'b.py', 'def score(prompts): return [0.0]')}:score", batch, typo=1)
+
+
 def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
     target = _file(tmp_path / "mine.py", "def length(batch):\n    return [1.5] * len(batch.responses)\n")
     functions = (
