@@ -131,7 +131,8 @@ def build(
         "whiten_advantages": "none",
     }  # without a KL nothing enters the loss
     trunk = config.PPO(**{name: getattr(settings, name) for name in shared} | own)
-    models = {"entropy"} | ({"reference"} if reference else set())
+    models = {"reference"} if reference else set()
+    models |= {"entropy"} if settings.old_logprobs == "recompute" else set()  # else nothing needs the actor's forward pass
     models |= {"kl"} if reference and settings.kl_estimator == "exact" else set()
 
     def make_update(

@@ -197,6 +197,7 @@ def test_overlong_answers_lose_score_linearly_over_the_buffer():
 def test_what_the_loop_must_hold():
     assert grpo.build(config.GRPO()).needs == {"entropy", "reference"}
     assert grpo.build(config.GRPO(kl_coef=0.0)).needs == {"entropy"}  # no second copy of the model
+    assert grpo.build(config.GRPO(kl_coef=0.0, old_logprobs="rollout")).needs == set()  # and no scoring at all
     assert grpo.build(config.GRPO(kl_estimator="exact")).needs == {"entropy", "reference", "kl"}
     assert grpo.build(config.GRPO(group_size=5)).group_size == 5
 
