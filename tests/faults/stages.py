@@ -22,7 +22,7 @@ def write_configs(folder: Path) -> dict[str, Path]:
     common: dict[str, Any] = {
         "seed": 3,
         "steps": STEPS,
-        "batch_size": 8,
+        "batch_size": 16,
         "save": {"every": 2},
         "log": {"eval_every": 3, "eval_prompts": 4},
     }
@@ -58,6 +58,8 @@ def write_configs(folder: Path) -> dict[str, Path]:
             },
         },
     }
+    # Needs nothing that another stage exports: the embedded task's own reward, a model with random weights.
+    stages["alone"] = stages["ppo"] | {"model": {"scratch": scratch}, "reward": {}}
     paths = {}
     for stage, keys in stages.items():
         paths[stage] = folder / f"{stage}.yaml"

@@ -168,9 +168,9 @@ def test_row_19_an_edited_data_set_is_refused_with_both_hashes(command, sft, tmp
 
 
 def test_row_20_resuming_at_the_end_of_an_epoch_and_of_the_run(command, sft, finished):
-    """180 training rows of 8 a step: an epoch ends within 23 steps; 64 rows: after exactly 8 steps."""
+    """128 training rows, 16 a step: an epoch ends after exactly 8 steps."""
     out = sft.parent / "sft"
-    keys = ["data.limit=80", "data.eval_fraction=0.2", "steps=10", "save.every=8", "save.keep_every=1"]
+    keys = ["data.limit=160", "data.eval_fraction=0.2", "steps=10", "save.every=8", "save.keep_every=1"]
     assert command("sft", sft, *keys)[0] == 0
     whole = stages.outcome(out)
     rows = stages.rows(out / "metrics.jsonl")
