@@ -54,7 +54,8 @@ def row(program: str, arguments: float, temporaries: float, others: float = 0.0,
     peak = arguments + temporaries + others
     return fit.Row(
         program=program, arguments_gib=arguments, temporaries_gib=temporaries, others_gib=others, peak_gib=peak,
-        capacity_gib=capacity, fits=peak <= capacity, flops=0.0, bytes=0.0, collectives={}, seconds=0.0, bound="memory", compile_s=0.0,
+        capacity_gib=capacity, fits=peak <= capacity, flops=0.0, bytes=0.0, collectives={}, seconds=0.0, bound="memory",
+        compile_s=0.0,
     )  # fmt: skip
 
 

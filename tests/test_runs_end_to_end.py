@@ -205,7 +205,7 @@ def test_grpo_runs_through_the_same_loop_without_a_critic(base: Path, tmp_path: 
         batch_size=16,
         model=config.Model(path=str(base / "sft" / "final")),
         data=DATA,
-        reward=config.Reward(functions=(config.RewardFunction(function="length", options={"target": 6}),)),
+        reward=config.Reward(functions=(config.RewardFunction(function="length", options={"maximum": 6}),)),
         sampling=config.Sampling(max_new_tokens=12, top_k=20),
         grpo=config.GRPO(group_size=4),
         actor_optimizer=OPTIMIZER,
