@@ -231,7 +231,7 @@ def make_experience(
     )
     metrics = {
         "kl/coef": jnp.asarray(kl_coef, jnp.float32),
-        "reward/shaped": ops.masked_mean(ops.masked_sum(rewards, mask, 1), jnp.any(mask, 1)),
+        "reward/shaped": ops.masked_mean(jnp.sum(rewards, 1), jnp.any(mask, 1)),
         "value/mean": ops.masked_mean(values, mask),
         "value/return_mean": ops.masked_mean(returns, mask),
         "value/explained_variance": explained_variance(values, returns, mask),
@@ -299,7 +299,8 @@ def minibatch_policy_loss(
     if settings.entropy_coef != 0.0:
         entropy = require(scored.entropy, f"entropy_coef {settings.entropy_coef}: Scored.entropy of policy_apply")
         loss -= settings.entropy_coef * total(entropy)
-        metrics["policy/entropy_nats"] = ops.masked_sum(entropy, mask) / counts["tokens"]
+    if scored.entropy is not None:
+        metrics["policy/entropy_nats"] = ops.masked_sum(jax.lax.stop_gradient(scored.entropy), mask) / counts["tokens"]
     if settings.kl_in == "loss":  # the gradient of k1 itself has expectation 0, hence its straight-through form
         estimator = "k1_plus" if settings.kl_estimator == "k1" else settings.kl_estimator
         ref_logprobs = require(batch.ref_logprobs, "Experience.ref_logprobs")
@@ -405,8 +406,11 @@ def build(settings: config.PPO) -> Algorithm:
     """PPO with these settings."""
     if settings.compat != "none":
         deepspeed_chat.check(settings)
+    needs = {"critic", "reference"} | ({"kl"} if settings.kl_estimator == "exact" else set())
+    if settings.old_logprobs == "recompute":  # otherwise the actor need not be run over the rollout at all
+        needs.add("entropy")
     return Algorithm(
         make_experience=functools.partial(make_experience, settings),
         make_update=functools.partial(make_update, settings),
-        needs=frozenset({"critic", "reference", "entropy"} | ({"kl"} if settings.kl_estimator == "exact" else set())),
+        needs=frozenset(needs),
     )

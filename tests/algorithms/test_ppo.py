@@ -540,6 +540,7 @@ def test_rule_12_every_setting_of_ppo_is_read():
 def test_needs_name_what_must_be_scored():
     assert ppo.build(config.PPO()).needs == {"critic", "reference", "entropy"}
     assert "kl" in ppo.build(config.PPO(kl_estimator="exact")).needs
+    assert ppo.build(config.PPO(old_logprobs="rollout")).needs == {"critic", "reference"}  # no forward pass of the actor
     assert ppo.build(config.PPO()).group_size == 1
 
 

@@ -145,6 +145,17 @@ def test_rule_9_every_micro_batch_split_gives_the_same_update(batch, aggregation
         np.testing.assert_allclose(metrics[key], value, rtol=1e-3, atol=1e-6, err_msg=key)
 
 
+def test_rule_9_a_batch_split_over_devices_gives_the_same_update(batch):
+    options = {"epochs": 1, "minibatches": 2, "aggregation": "token_mean", "entropy_coef": 0.01, "kl_in": "loss"}
+    *_, want, want_metrics = run(batch, **options)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    *_, got, metrics = run(placed, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.actor.params, want.actor.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.critic.params, want.critic.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), metrics, want_metrics)
+
+
 def test_the_update_equals_a_plain_loop_over_the_same_minibatches(batch):
     settings = {"epochs": 2, "minibatches": 2, "whiten_scope": "minibatch"}
     before, experience, after, metrics = run(batch, **settings)
