@@ -6,7 +6,6 @@ Hugging Face directories straight onto their shardings, or drawn at random from 
 
 import dataclasses
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax import config, models, parallel, programs
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
-from rlhf_jax.data.batches import open_sources
-from rlhf_jax.data.tasks import TASKS
-from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from rlhf_jax.data.corpus import run_tokenizer
+from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.types import Calibration, Model, Params, join
@@ -59,48 +57,10 @@ def root_key(run: config.Run, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(purpose.encode()))
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
-
-
-def tokenizer_for(run: config.Run) -> Tokenizer:
-    """The tokenizer of a run: its own directory, the model's, the embedded task's, or byte-level BPE trained on the data.
-
-    The same data gives the same trained one, so a continued run makes it again.
-    """
-    settings = run.model
-    template = None
-    if settings.chat_template is not None:
-        path = Path(settings.chat_template)
-        if not path.is_file():
-            raise UserError(f"model.chat_template {path}: no such file; give a file with a jinja template, or remove the key")
-        template = path.read_text(encoding="utf-8")
-    source = settings.tokenizer or settings.path
-    if source is not None:
-        return load_tokenizer(source, chat_template=template)
-    if run.data.task is not None:
-        return TASKS[run.data.task].tokenizer()
-    if settings.scratch is None:
-        raise UserError("model: give model.path (a Hugging Face directory) or model.scratch (random weights)")
-    trained = train_bpe(_texts(run), settings.scratch.vocabulary)
-    return trained if template is None else dataclasses.replace(trained, chat_template=template)
-
-
-def _texts(run: config.Run) -> Iterable[str]:
-    sources, _ = open_sources(run.data, purpose="sft", seed=run.seed)
-    for source in sources:
-        for number in range(len(source)):
-            yield from _strings(source.row(number))
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
+def tokenizer_for(stage: str, run: config.Run) -> Tokenizer:
+    """The tokenizer of a run. The same data trains the same one, so a continued run makes it again."""
+    purpose = "sft" if stage == "sft" else "preferences" if stage in config.OFFLINE else "prompts"
+    return run_tokenizer(run.model, run.data, purpose, seed=run.seed)
 
 
 # ---------------------------------------------------------------------------------------------------- models

@@ -42,7 +42,7 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     except KeyError as error:
         raise UserError(f"{saved} holds no {part}; it has: {', '.join(sorted(arrays))}") from error
     head = "value" if part == "critic" else setups.HEADS.get(stage, "lm")
-    tokenizer = build.tokenizer_for(settings)
+    tokenizer = build.tokenizer_for(stage, settings)
     mesh = parallel.make_mesh(config.Mesh(), jax.local_devices()[:1])
     path = settings.model.path
     if part == "critic":

@@ -56,6 +56,8 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
         if session.directory.completed_step is not None:
             session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
             return Path(settings.out)
+        for text in plan.notes:
+            session.recorder.note(text)
         setup = made[0]
         state = setup.initial_state() if restored is None else restored.state
         state = train(setup, state, session)

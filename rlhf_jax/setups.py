@@ -19,6 +19,7 @@ from rlhf_jax import build, checks, config, models, parallel, programs
 from rlhf_jax.algorithms import training
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.batches import PreferenceData, PromptData, SFTData, make_preference_data, make_prompt_data, make_sft_data
+from rlhf_jax.data.table import describe
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -38,6 +39,11 @@ class OnlinePlan:
     tokenizer: Tokenizer
     data: PromptData
     ptx: SFTData | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the run starts: what was dropped, what was decided."""
+        return [f"data: {describe(self.data.tables.counts())}", *(f"tokenizer: {text}" for text in self.tokenizer.policies)]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -138,7 +144,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
     mesh = parallel.make_mesh(settings.mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     algorithm = build.algorithm(stage, settings)
-    tokenizer = build.tokenizer_for(settings)
+    tokenizer = build.tokenizer_for(stage, settings)
     if settings.batch_size % algorithm.group_size:
         raise UserError(
             f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"
@@ -246,11 +252,11 @@ def rewards_of(settings: config.OnlineRun, tokenizer: Tokenizer) -> tuple[HostRe
 
 
 def _repeat(prompts: Prompts, times: int) -> Prompts:
+    """Each prompt `times` in a row, its answers numbered; a row that a batch holds twice (two epochs meet) counts on."""
+    first = occurrences(np.asarray(prompts.index)) * times
     repeated = jax.tree.map(lambda x: np.repeat(np.asarray(x), times, axis=0), prompts)
-    rows = len(repeated.index)
-    # An evaluation batch may hold a prompt twice; numbering all rows keeps their answers apart.
-    numbers = np.arange(rows, dtype=np.int32) % times if times > 1 else occurrences(np.asarray(repeated.index))
-    return repeated.replace(sample=numbers)
+    numbers = np.repeat(first, times) + np.arange(len(first) * times, dtype=np.int32) % times
+    return repeated.replace(sample=numbers.astype(np.int32))
 
 
 def occurrences(index: np.ndarray) -> np.ndarray:
@@ -275,6 +281,14 @@ class OfflinePlan:
     mesh: Mesh
     tokenizer: Tokenizer
     data: SFTData | PreferenceData
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the run starts: what was dropped, what was decided."""
+        found = [f"data: {describe(self.data.tables.counts())}", *(f"tokenizer: {text}" for text in self.tokenizer.policies)]
+        if isinstance(self.data, SFTData):
+            found.append(f"data: {self.data.padded_fraction:.1%} of the tokens of a batch are padding")
+        return found
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -322,7 +336,7 @@ def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     """Read and check mesh, tokenizer and data."""
     mesh = parallel.make_mesh(settings.mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
-    tokenizer = build.tokenizer_for(settings)
+    tokenizer = build.tokenizer_for(stage, settings)
     make: Callable[..., Any] = make_sft_data if stage == "sft" else make_preference_data
     data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     return OfflinePlan(stage, settings, mesh, tokenizer, data)
