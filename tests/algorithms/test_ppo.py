@@ -394,12 +394,13 @@ def test_rule_7_the_kl_penalty_by_estimator_and_by_place(batch, estimator):
 
 
 def test_rule_7_the_controller_takes_the_sum_over_a_sequence(batch):
-    rollout, _, scored = batch
-    experience, _ = experience_of(batch)
-    d = np.where(rollout.action_mask, scored.logprobs - scored.ref_logprobs, 0.0).sum(1)
-    mean = d[:5].mean()  # the empty row is no sequence
-    settings = config.AdaptiveKL(target=0.5, horizon=60.0)
-    want = 0.1 * (1 + np.clip(mean / 0.5 - 1, -0.2, 0.2) * 6 / 60)
+    rollout, scores, scored = batch
+    mask = rollout.action_mask
+    scored = scored.replace(ref_logprobs=scored.logprobs - 0.1 * mask)
+    experience, _ = experience_of((rollout, scores, scored))
+    mean = 0.1 * (5 + 2 + 5 + 1 + 3) / 5  # the empty row is no sequence
+    settings = config.AdaptiveKL(target=0.3, horizon=60.0)
+    want = 0.1 * (1 + (mean / 0.3 - 1) * 6 / 60)
     np.testing.assert_allclose(ppo.next_kl_coef(settings, jnp.float32(0.1), experience), want, rtol=1e-5)
 
 
