@@ -198,9 +198,10 @@ def reference_params(frozen: Frozen) -> Params:
 
 
 def response_states(model: Model, params: Params, batch: Batch) -> jax.Array:
-    """Hidden states before every response token, [B, R, D]."""
+    """Hidden states before every response token, [B, R, D], 0 where masked: no head sees what stands in padding."""
     chex.assert_rank([batch.tokens, batch.mask, batch.action_mask], 2)
-    return ops.response_hidden(model.hidden(params, batch.tokens, batch.mask), batch.action_mask.shape[1])
+    states = ops.response_hidden(model.hidden(params, batch.tokens, batch.mask), batch.action_mask.shape[1])
+    return blanked(states, batch.action_mask)
 
 
 def responses(batch: Batch) -> jax.Array:
@@ -209,9 +210,15 @@ def responses(batch: Batch) -> jax.Array:
 
 
 def sequence_states(model: Model, params: Params, sequences: Sequences) -> jax.Array:
-    """Hidden states of every position, [B, T, D]; packed sequences do not see one another."""
+    """Hidden states of every position, [B, T, D], 0 where masked; packed sequences do not see one another."""
     chex.assert_rank([sequences.tokens, sequences.mask], 2)
-    return model.hidden(params, sequences.tokens, sequences.mask, positions=sequences.positions, segments=sequences.segments)
+    states = model.hidden(params, sequences.tokens, sequences.mask, positions=sequences.positions, segments=sequences.segments)
+    return blanked(states, sequences.mask)
+
+
+def blanked(states: jax.Array, mask: jax.Array) -> jax.Array:
+    """States [B, T, D] where mask bool[B, T] is True, 0 elsewhere."""
+    return jnp.where(mask[..., None], states, jnp.zeros((), states.dtype))
 
 
 def at_last_token(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Scores of sequences against float64 recurrences, against the sampler, and their gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from rlhf_jax import config, models, ops, sampling, scoring, testing
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Calibration, Frozen, Rollout, Scored, Sequences
+from rlhf_jax.types import Calibration, Frozen, Model, Rollout, Scored, Sequences
 
 V, P, R, DECAY = 7, 5, 9, 0.6
 MODEL = testing.markov_model(V, decay=DECAY)
@@ -60,8 +61,7 @@ def test_everything_about_a_rollout(keys: dict):
 def test_only_what_is_needed_and_old_logprobs_from_the_rollout():
     rollout = answers(temperature=0.7)
     calls = []
-    spy = testing.markov_model(V, decay=DECAY)
-    object.__setattr__(spy, "hidden", lambda *args, **kw: calls.append(1) or MODEL.hidden(*args, **kw))
+    spy = dataclasses.replace(MODEL, hidden=lambda *args, **kw: calls.append(1) or MODEL.hidden(*args, **kw))
     scored = scoring.make_scorer(spy, needs=(), old_logprobs="rollout")(ACTOR, None, Frozen(), rollout)
     assert not calls
     np.testing.assert_array_equal(scored.logprobs, rollout.logprobs)
@@ -85,47 +85,67 @@ def test_trained_and_frozen_parameters_are_joined():
         scoring.make_scorer(MODEL, needs={"reference"})(ACTOR, None, Frozen(), rollout)
 
 
+def with_heads(model: Model) -> Model:
+    """Heads with a parameter of their own, as real ones have."""
+    return dataclasses.replace(
+        model,
+        logits=lambda params, hidden: MODEL.logits(params, hidden) * params["scale"],
+        score=lambda params, hidden: MODEL.score(params, hidden) * params["scale"],
+    )
+
+
+def poisoned(params, tokens, mask, **keys):
+    """Hidden states, NaN after the last token."""
+    ends = jnp.cumsum(mask[:, ::-1], 1)[:, ::-1] == 0
+    return jnp.where(ends[..., None], jnp.nan, MODEL.hidden(params, tokens, mask, **keys))
+
+
 def test_padding_reaches_neither_values_nor_gradients():
     """NaN in the padding's hidden states leaves every result and gradient as it was."""
     rollout = answers(temperature=0.7)
+    sequences = testing.random_sequences(0, 3, 8, V)
+    good = with_heads(MODEL)
+    bad = dataclasses.replace(good, hidden=poisoned)
+    params, reference = ({**tree, "scale": jnp.float32(1.1)} for tree in (ACTOR, REFERENCE))
 
-    def poisoned(params, tokens, mask, **keys):
-        hidden = MODEL.hidden(params, tokens, mask, **keys)
-        ends = jnp.cumsum(mask[:, ::-1], 1)[:, ::-1] == 0  # after the last token
-        return jnp.where(ends[..., None], jnp.nan, hidden)
-
-    bad = testing.markov_model(V, decay=DECAY)
-    object.__setattr__(bad, "hidden", poisoned)
+    def everything(model, params):
+        apply = scoring.make_policy_apply(model, temperature=0.7, chunk=4, entropy=True, kl_model=good)
+        scored = apply(params, Frozen(reference=reference), rollout)
+        values = scoring.make_value_apply(model)(params, Frozen(), rollout)
+        _, bootstrap = scoring.values_and_bootstrap(model, params, rollout)
+        rewards = scoring.make_reward_scorer(model)(params, rollout)
+        text = scoring.make_sequence_apply(model, 3)(params, None, sequences)
+        scores = scoring.make_score_apply(model)(params, None, sequences)
+        return scored.logprobs, scored.entropy, scored.kl, values, bootstrap, rewards, text, scores
 
     def loss(model, params):
-        apply = scoring.make_policy_apply(model, temperature=0.7, chunk=4, entropy=True, kl_model=MODEL)
-        scored = apply(params, Frozen(reference=REFERENCE), rollout)
-        values = scoring.make_value_apply(model)(params, Frozen(), rollout)
-        mask = rollout.action_mask
-        return sum(ops.masked_sum(x * x, mask) for x in (scored.logprobs, scored.entropy, scored.kl, values))
+        found = everything(model, params)
+        return sum((jnp.arange(x.size).reshape(x.shape) * x).sum() for x in found), found
 
-    for one, other in zip(
-        jax.tree.leaves(jax.jit(jax.value_and_grad(functools.partial(loss, bad)))(ACTOR)),
-        jax.tree.leaves(jax.jit(jax.value_and_grad(functools.partial(loss, MODEL)))(ACTOR)),
-        strict=True,
-    ):
-        assert np.isfinite(one).all()
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-    _, bootstrap = scoring.values_and_bootstrap(bad, CRITIC, rollout)
-    assert np.isfinite(bootstrap).all()
-    assert np.isfinite(scoring.make_reward_scorer(bad)(ACTOR, rollout)).all()
+    one, other = (jax.jit(jax.value_and_grad(functools.partial(loss, m), has_aux=True))(params) for m in (bad, good))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_kl_has_a_gradient_for_the_actor_alone():
     rollout = answers(temperature=0.7)
-    apply = scoring.make_policy_apply(MODEL, temperature=0.7, kl_model=MODEL)
+    model = with_heads(MODEL)
+    apply = scoring.make_policy_apply(model, temperature=0.7, kl_model=model)
 
     def kl(params, reference):
         return apply(params, Frozen(reference=reference), rollout).kl.sum()
 
-    ours, theirs = jax.jit(jax.grad(kl, argnums=(0, 1)))(ACTOR, REFERENCE)
+    params, reference = ({**tree, "scale": jnp.float32(1.1)} for tree in (ACTOR, REFERENCE))
+    ours, theirs = jax.jit(jax.grad(kl, argnums=(0, 1)))(params, reference)
     assert float(jnp.abs(ours["table"]).max()) > 0.01
-    assert float(jnp.abs(theirs["table"]).max()) == 0
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(theirs))
+
+
+def test_last_true_token():
+    mask = jnp.asarray([[True, True, False], [False, True, True], [False, True, False], [False, False, False]])
+    found = scoring.at_last_token(jnp.arange(24.0).reshape(4, 3, 2), mask)
+    np.testing.assert_array_equal(found[:, 0], [2, 10, 14, 18])
 
 
 def test_score_stands_at_the_last_true_token():
@@ -168,14 +188,11 @@ def test_sequences_and_packed_sequences():
     np.testing.assert_allclose(jax.jit(scoring.make_score_apply(MODEL))(ACTOR, None, packed)[0], flat, atol=3e-6)
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_new_tokens": 2}], ids=["plain", "filters"]
-)
-def test_sampled_logprobs_equal_scored_ones_on_the_real_decoder(keys: dict):
+def test_sampled_logprobs_equal_scored_ones_on_the_real_decoder():
     model = models.make_model(models.scratch_spec(testing.tiny_scratch(), 64))
     params = model.init(jax.random.key(0))
     prompts = testing.random_prompts(3, 6, P, 64, shortest=0)
-    how = config.Sampling(**{"max_new_tokens": R} | keys)
+    how = config.Sampling(max_new_tokens=R, temperature=0.8, top_k=30, top_p=0.9, min_new_tokens=2)
     rollout = jax.jit(sampling.make_sampler(model, how, stop_ids=(1, 2, 3), pad_id=0))(params, prompts, jax.random.key(1))
     score = jax.jit(scoring.make_scorer(model, temperature=how.temperature, chunk=4, needs=()))
     scored = score(params, None, Frozen(), rollout)

@@ -16,16 +16,16 @@ def test_model_equals_the_recurrence_with_and_without_cache(decay: float):
     params = model.init(jax.random.key(0))
     rollout = testing.random_rollout(0, 5, 4, 3, V)
     logits = testing.history_logits(params, rollout.tokens, rollout.mask, decay=decay)
-    hidden = model.hidden(params, rollout.tokens, rollout.mask)
+    hidden = jax.jit(model.hidden)(params, rollout.tokens, rollout.mask)
     at = np.asarray(rollout.mask)
     np.testing.assert_allclose(np.asarray(model.logits(params, hidden))[at], logits[at], atol=1e-5)
     scores = testing.history_scores(params, rollout.tokens, rollout.mask, decay=decay)
     np.testing.assert_allclose(np.asarray(model.score(params, hidden))[at], scores[at], atol=1e-5)
-    first, cache = model.prefill(params, rollout.tokens[:, :4], rollout.mask[:, :4], 7)
+    first, cache = jax.jit(model.prefill, static_argnums=3)(params, rollout.tokens[:, :4], rollout.mask[:, :4], 7)
     np.testing.assert_allclose(first, hidden[:, :4], atol=1e-5)
     valid = rollout.mask & (jnp.arange(7)[None] <= 4)
     position = rollout.mask[:, :4].sum(1)
-    second, _ = model.decode(params, cache, rollout.tokens[:, 4], position, jnp.int32(4), valid)
+    second, _ = jax.jit(model.decode)(params, cache, rollout.tokens[:, 4], position, jnp.int32(4), valid)
     np.testing.assert_allclose(second, hidden[:, 4], atol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_decay_0_is_a_markov_chain():
     model = testing.markov_model(V)
     params = model.init(jax.random.key(1))
     rollout = testing.random_rollout(1, 4, 3, 3, V)
-    hidden = model.hidden(params, rollout.tokens, rollout.mask)
+    hidden = jax.jit(model.hidden)(params, rollout.tokens, rollout.mask)
     at = np.asarray(rollout.mask)
     np.testing.assert_array_equal(np.asarray(model.logits(params, hidden))[at], np.asarray(params["table"])[rollout.tokens][at])
 
