@@ -4,7 +4,6 @@ Every model has two trees: what is trained and what is frozen beneath it (the ba
 Hugging Face directories straight onto their shardings, or drawn at random from `model.scratch`.
 """
 
-import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
-from rlhf_jax.types import Calibration, Model, Params, join
+from rlhf_jax.types import Calibration, Model, Params
 
 
 class Loaded(NamedTuple):
@@ -85,7 +84,7 @@ def _lora_scale(settings: config.Model) -> float:
 def read_spec(settings: config.Model, path: str | None, real_vocab: int | None) -> models.Spec:
     """The architecture: of a directory, of a public model known by name, or of model.scratch."""
     if path is not None:
-        return dataclasses.replace(models.read_spec(path), real_vocab=real_vocab)
+        return models.read_spec(path, real_vocab=real_vocab)
     if settings.scratch is None:
         raise UserError("model: give model.path (a Hugging Face directory) or model.scratch (random weights)")
     return models.scratch_spec(settings.scratch, real_vocab or settings.scratch.vocabulary)
@@ -173,7 +172,7 @@ def export(
     out: Path, loaded: Loaded, params: Params, *, head: str, tokenizer: Tokenizer, calibration: Calibration | None = None
 ) -> None:
     """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config."""
-    merged = params if loaded.base is None else lora.merge(join(loaded.base, params), loaded.lora_scale)
+    merged = params if loaded.base is None else lora.merge(loaded.base, params, scale=loaded.lora_scale)
     models.save_checkpoint(
         out,
         loaded.spec,

@@ -136,7 +136,8 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
     if "reward" in setup.do:
         total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
     if setup.host_reward is not None:
-        values, parts = setup.host_reward(reward_input(setup, rollout))
+        values, found = setup.host_reward(reward_input(setup, rollout))
+        parts = {name: float(np.mean(value)) for name, value in found.items()}
         values = setup.place(np.asarray(values, np.float32))
         total = values if total is None else total + values
     return Scores(total, parts)

@@ -92,6 +92,7 @@ def prepare_environment(topology: Topology) -> None:
         flag = f"--xla_force_host_platform_device_count={topology.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     quiet = {
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what was compiled for another machine cannot be read back
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",

@@ -89,8 +89,9 @@ def test_the_run_ends_after_three_bad_updates_in_a_row_with_the_batch_dumped(tmp
     with pytest.raises(UserError, match="3 updates in a row; none of them touched the parameters") as caught:
         require_finite_steps(3, Health(), dump, step=7)
     assert str(tmp_path / "run" / "bad.npz") in str(caught.value)
-    found = np.load(tmp_path / "run" / "bad.npz", allow_pickle=False)
-    assert {name: found[name].tolist() for name in found} == {
+    with np.load(tmp_path / "run" / "bad.npz", allow_pickle=False) as found:
+        arrays = {name: found[name].tolist() for name in found}
+    assert arrays == {
         "tokens": [[0, 1, 2], [3, 4, 5]],
         "weights": [1.5, 1.5, 1.5],
         "mask": [True, False],
