@@ -10,7 +10,7 @@ import yaml
 from rlhf_jax.config import STAGES, Run
 from rlhf_jax.config_file import fields, group_of, type_words, without_none
 
-_WORD = re.compile(r"[A-Za-z_./][\w./-]*")
+_WORD = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
 _NOT_TEXT = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
@@ -62,7 +62,7 @@ def flow(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        if _WORD.fullmatch(value) and value.isascii() and value.lower() not in _NOT_TEXT:
+        if _WORD.fullmatch(value) and value.lower() not in _NOT_TEXT:
             return value
         return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=10**9).strip()
     if isinstance(value, Mapping):
