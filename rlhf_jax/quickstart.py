@@ -19,7 +19,7 @@ from rlhf_jax.data.tasks import reviews
 MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
 RESPONSE = 24  # tokens
 HELD_OUT = 256  # pairs that only measure a reward model
-STEPS = {"sft": 220, "reward": 110, "ppo": 24, "hacked": 60, "addition": 40}
+STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 60, "addition": 40}
 
 
 def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
@@ -38,7 +38,7 @@ def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
 def run_reviews(out: Path, seed: int) -> list[Path]:
     """Fine-tune, sample and label pairs, train a reward model, PPO."""
     tuned = fine_tune(out, "reviews", seed)
-    scorer = train_scorer(out / "reward", tuned, out / "pairs.jsonl", 1536, seed)
+    scorer = train_scorer(out / "reward", tuned, out / "pairs.jsonl", 4096, seed)
     return [out / "sft", out / "reward", train_policy(out / "ppo", tuned, scorer, seed)]
 
 
@@ -85,6 +85,7 @@ def train_scorer(out: Path, tuned: Path, pairs: Path, count: int, seed: int) -> 
         out=str(out),
         seed=seed,
         steps=STEPS["reward"],
+        batch_size=96,
         model=config.Model(path=str(tuned)),
         data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=HELD_OUT / (count + HELD_OUT)),
         optimizer=config.Optimizer(learning_rate=6e-4, beta2=0.99, eps=1e-8, warmup_steps=10),
@@ -121,7 +122,7 @@ def policy_settings(
     data: config.Data,
     response: int,
     steps: int,
-    kl_coef: float = 0.04,
+    kl_coef: float = 0.1,
     rate: float = 3e-4,
     scorer: Path | None = None,
 ) -> config.PPORun:
@@ -144,7 +145,7 @@ def policy_settings(
 
 
 def train_policy(
-    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.04, rate: float = 3e-4, steps: int | None = None
+    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.1, rate: float = 3e-4, steps: int | None = None
 ) -> Path:
     data = config.Data(task="reviews", max_prompt_tokens=8)
     settings = policy_settings(
