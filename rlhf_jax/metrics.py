@@ -15,14 +15,15 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rlhf_jax import trackers
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import Stopped, UserError
 from rlhf_jax.progress import ProgressLine, duration
+from rlhf_jax.stopwatch import Stopwatch
 
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 
@@ -154,7 +155,8 @@ class Recorder:
         self._step = max(self._held, 0)
         self._phases: dict[str, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
-        self._open_phases: list[str] = []
+        self._open_phases: list[tuple[str, list[bool]]] = []  # name, and whether the device's time counts instead of the host's
+        self._stopwatch = Stopwatch()
         self._before_s = 0.0  # seconds that the run took before it was continued
         if self._writes:
             self._prepare_files()
@@ -168,7 +170,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit) else "failed"
+        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit | Stopped) else "failed"
         self.close(status)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int]:
@@ -183,7 +185,8 @@ class Recorder:
             device = peak_device_mb()
             if device is not None:
                 memory["memory/device_peak_mb"] = device
-            row = as_row(self.stage, step, memory | host, time_s=round(self.elapsed_s(), 3))
+            spent = {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._stopwatch.take(int(step)).items()}
+            row = as_row(self.stage, step, memory | spent | host, time_s=round(self.elapsed_s(), 3))
             self._append(METRICS, [row])
             numbers = {name: value for name, value in row.items() if "/" in name and value is not None}
             self._trackers = [tracker for tracker in self._trackers if tracker.log(step, numbers)]
@@ -200,29 +203,46 @@ class Recorder:
             finite = {name: value if math.isfinite(value) else None for name, value in to_host(metrics).items()}
             self._line.update(step, finite)
 
+    def make_up(self, step: int) -> None:
+        """Rows of `step` may be written once more: what a failed reward kept from being evaluated there follows."""
+        self._held = step - 1
+
     def note(self, text: str) -> None:
         """A line on the terminal that stays: a warning, a result."""
         if self._line is not None:
             self._line.note(text)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, step: int | None = None) -> Iterator[Callable[[Any], None]]:
         """Count wall seconds (and peak memory so far) under a name, and show it on the progress line.
 
         Nested phases are exclusive: an inner phase's seconds are not the outer one's, so that the sum is the run's time.
-        Dispatch is asynchronous: only what blocks inside the block is counted there.
+        Dispatch is asynchronous, and the host's time in the block is not the device's. So the block may name an array (one that
+        is not donated) whose completion ends the phase; with `step`, `log` of that step writes time/<name>_s:
+
+            with recorder.phase("rollout", step) as until:
+                rollout = sample(params, prompts, key)
+                until(rollout.finished)
         """
         self._charge()
-        self._open_phases.append(name)
+        watched: list[bool] = []
+        began = time.monotonic()
+
+        def until(array: Any) -> None:
+            watched.append(True)
+            if self._writes:
+                self._stopwatch.start(name, began, array, step)
+
+        self._open_phases.append((name, watched))
         if self._line is not None:
             self._line.phase(name)
         try:
-            yield
+            yield until
         finally:
             self._charge(calls=1)
             self._open_phases.pop()
             if self._line is not None:
-                self._line.phase(self._open_phases[-1] if self._open_phases else None)
+                self._line.phase(self._open_phases[-1][0] if self._open_phases else None)
 
     def elapsed_s(self) -> float:
         """Wall seconds of the run, those before it was continued included."""
@@ -243,7 +263,7 @@ class Recorder:
             "step": self._step,
             "total_steps": self.total_steps,
             "wall_s": round(self.elapsed_s(), 2),
-            "phases": [{"name": name, **cost, "wall_s": round(cost["wall_s"], 3)} for name, cost in self._phases.items()],
+            "phases": self._costs(),
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "peak_device_mb": peak_device_mb(),
         }
@@ -251,8 +271,17 @@ class Recorder:
             write_atomic(self.run_dir / SUMMARY, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
         return found
 
+    def _costs(self) -> list[dict[str, Any]]:
+        """Every phase with its seconds: the device's where an array was named, the host's elsewhere."""
+        watched = self._stopwatch.totals
+        return [
+            {"name": name, **cost, "wall_s": round(cost["wall_s"] + watched.get(name, 0.0), 3)}
+            for name, cost in self._phases.items()
+        ]
+
     def close(self, status: str = "finished") -> None:
         """Write the last summary, end the progress line and the backends."""
+        self._stopwatch.close()
         if self._line is not None:
             self._line.close(f"{status} after {duration(self.elapsed_s())}: step {self._step}/{self.total_steps}")
             self._line = None
@@ -265,8 +294,9 @@ class Recorder:
         """Give the seconds since the last mark to the innermost open phase."""
         now = time.monotonic()
         if self._open_phases:
-            cost = self._phases.setdefault(self._open_phases[-1], {"wall_s": 0.0, "calls": 0})
-            cost["wall_s"] += now - self._mark
+            name, watched = self._open_phases[-1]
+            cost = self._phases.setdefault(name, {"wall_s": 0.0, "calls": 0})
+            cost["wall_s"] += 0.0 if watched else now - self._mark
             cost["calls"] += calls
             cost["peak_rss_mb"] = round(peak_rss_mb(), 1)
         self._mark = now

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import Recorder, as_row, peak_rss_mb, read_rows, read_summary, to_host, write_atomic
 from rlhf_jax.progress import ProgressLine, compact, duration, headline
+from rlhf_jax.stopwatch import Stopwatch
 
 
 def recorder(path: Path, **options) -> Recorder:
@@ -193,6 +195,62 @@ def test_memory_is_in_megabytes():
     block[::4096] = b"x" * len(block[::4096])
     assert 0 <= peak_rss_mb() - before <= 400
     assert peak_rss_mb() >= 200
+
+
+# The device's time.
+
+
+def test_a_phase_lasts_until_its_result_is_there_and_the_loop_does_not_wait(tmp_path):
+    with recorder(tmp_path) as run:
+        run._stopwatch = Stopwatch(wait=time.sleep)  # a result is the seconds that the device still needs for it
+        for n in (1, 2):
+            began = time.monotonic()
+            with run.phase("rollout", n) as until:
+                until(0.1)
+            with run.phase("policy update", n) as until:
+                until(0.3)
+            assert time.monotonic() - began < 0.08
+            run.log(n, {"reward/score": 1.0})
+    for row in rows_of(tmp_path):
+        assert row["time/rollout_s"] == pytest.approx(0.1, abs=0.08)
+        assert row["time/policy_update_s"] == pytest.approx(0.3, abs=0.1)
+    phases = {phase["name"]: phase for phase in read_summary(tmp_path)["phases"]}
+    assert phases["rollout"]["wall_s"] == pytest.approx(0.2, abs=0.15)
+    assert phases["policy update"]["wall_s"] == pytest.approx(0.6, abs=0.2)
+    assert phases["rollout"]["calls"] == 2
+
+
+def test_the_result_of_a_phase_is_any_array(tmp_path):
+    with recorder(tmp_path) as run:
+        with run.phase("rollout", 1) as until:
+            until(jax.jit(lambda x: x @ x)(jnp.ones((64, 64))))
+        run.log(1, {"a/x": 1.0})
+    assert rows_of(tmp_path)[0]["time/rollout_s"] > 0
+
+
+def test_phases_follow_each_other_on_the_device():
+    clock, arrived = Clock(), threading.Semaphore(0)
+    watch = Stopwatch(wait=lambda seconds: arrived.acquire() and setattr(clock, "now", clock.now + seconds), clock=clock)
+    for name, seconds in (("rollout", 2.0), ("score", 1.0), ("update", 4.0)):
+        watch.start(name, 100.0, seconds, step=1)  # all dispatched at once
+    assert watch.take(1, timeout_s=0.05) == {}
+    arrived.release(3)
+    assert watch.take(1) == {"rollout": 2.0, "score": 1.0, "update": 4.0}
+    clock.now += 50.0  # the device idles while the host scores
+    watch.start("rollout", 157.0, 2.0, step=2)
+    arrived.release()
+    watch.close()
+    assert watch.totals == {"rollout": 4.0, "score": 1.0, "update": 4.0}
+
+
+def test_a_donated_array_does_not_stop_the_watch():
+    def wait(array):
+        raise RuntimeError("Array has been deleted")
+
+    watch = Stopwatch(wait=wait)
+    watch.start("update", time.monotonic(), None, step=1)
+    assert set(watch.take(1)) == {"update"}
+    watch.close()
 
 
 # The progress line.

@@ -1,5 +1,6 @@
 """The report: whatever the run left, one inert page; and what it says is what the files say."""
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import synthetic_runs as runs
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import check_run_dirs, write_report
-from rlhf_jax.report.curves import PathPoint, gao_fit, peak, reward_path
+from rlhf_jax.report.curves import PathPoint, gao_fit, peak, reward_path, steadied
 from rlhf_jax.report.data import load_runs, text
 from rlhf_jax.report.plots import Line, line_chart
 from rlhf_jax.report.scales import number, smooth, spread, thin, tick_labels, ticks
@@ -107,6 +108,31 @@ def test_the_numbers_are_those_of_the_files(tmp_path):
     first, last = rows[0]["reward/gold"], rows[-1]["reward/gold"]
     assert f"Gold reward {number(last)} +{number(last - first)} from {number(first)}" in page.prose
     assert f"KL to the reference {number(rows[-1]['kl/per_sequence_nats'])} nats per sequence" in page.prose
+
+
+def test_numbers_of_the_summary_are_shown_once(tmp_path):
+    path = runs.reward(tmp_path / "reward", steps=20)
+    summary = json.loads((path / "summary.json").read_text())
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    accuracy = rows[-1]["reward_model/eval_accuracy"]
+    numbers = {"accuracy on held-out pairs": accuracy, "calibration error": 0.0815}
+    (path / "summary.json").write_text(json.dumps(summary | {"numbers": numbers}))
+    page = report([path], tmp_path)
+    assert f"Reward model {accuracy:.0%} right on held-out pairs" in page.prose
+    assert "accuracy on held-out pairs" not in page.prose
+    assert "calibration error 0.081" in page.prose or "calibration error 0.082" in page.prose
+
+
+def test_a_noisy_distance_does_not_fold_the_curve():
+    def back(values: list[float]) -> float:
+        return sum(max(0.0, a - b) for a, b in itertools.pairwise(values))
+
+    kl = [0.0, 1.0, 2.0, 3.0, 5.2, 5.0, 5.3, 5.1, 6.0, 5.9, 6.2, 7.0]
+    steady = steadied([PathPoint(i, d, d, d) for i, d in enumerate(kl)])
+    distances = [p.distance for p in steady]
+    assert back(distances) < 0.2 * back(kl)
+    assert (distances[0], distances[-1]) == (0.0, 7.0)
+    assert [p.gold for p in steady] == kl
 
 
 def test_hacking_is_called_by_its_name(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rlhf_jax.report.data import StageRun, by_stage, evaluations, is_number, mean, text
 from rlhf_jax.report.scales import number
 
-SHOWN, KEPT = 4, 30  # prompts shown, and prompts in the page at all
+SHOWN, KEPT = 4, 64  # prompts shown, and prompts in the page at all
 COMPARED = 4  # runs whose answers stand side by side
 LONGEST = 1500  # characters of a prompt or an answer
 MARKS = (("score", "score", ""), ("gold", "gold", ""), ("kl_nats", "KL", " nats"), ("length_tokens", "", " tokens"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax.report.data import StageRun, by_stage, ends, evaluations, is_number, mean, text
-from rlhf_jax.report.plots import SMOOTH_FROM, Line, line_chart
+from rlhf_jax.report.plots import Line, line_chart
 from rlhf_jax.report.scales import number, smooth
 
 
@@ -172,11 +172,17 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
 
 
 def steadied(path: Sequence[PathPoint]) -> list[PathPoint]:
-    """A long path with its distance smoothed over steps, so that the noise of one batch's KL does not fold the curve."""
-    if len(path) < SMOOTH_FROM:
-        return list(path)
-    smoothed = smooth([(p.step, p.distance) for p in path])
-    return [p._replace(distance=distance) for p, (_, distance) in zip(path, smoothed, strict=True)]
+    """The path with its distance averaged over neighbouring steps, so that the noise of one batch's KL does not fold the curve.
+
+    The window is a fifth of the path and narrows to nothing at both ends, which stay where they are.
+    """
+    half = max(1, len(path) // 10)
+    steady = []
+    for index, point in enumerate(path):
+        reach = min(half, index, len(path) - 1 - index)
+        near = path[index - reach : index + reach + 1]
+        steady.append(point._replace(distance=mean([p.distance for p in near])))
+    return steady
 
 
 def peak(path: Sequence[PathPoint]) -> PathPoint | None:

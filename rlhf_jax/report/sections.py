@@ -69,11 +69,13 @@ def tiles(runs: Sequence[StageRun]) -> str:
                 found.append((name, number(last), f"{_signed(last - first)} from {number(first)}"))
         if run.column("kl/per_sequence_nats"):
             found.append(("KL to the reference", number(ends(run.column("kl/per_sequence_nats"))[1]), "nats per sequence"))
-        if run.column("reward_model/eval_accuracy"):
-            found.append(("Reward model", f"{run.column('reward_model/eval_accuracy')[-1][1]:.0%}", "right on held-out pairs"))
+        accuracy = [y for _, y in run.column("reward_model/eval_accuracy")[-1:]]
+        found += [("Reward model", f"{share:.0%}", "right on held-out pairs") for share in accuracy]
         if run.column("sft/eval_loss_nats"):
             found.append(("Fine-tuning loss", number(run.column("sft/eval_loss_nats")[-1][1]), "nats per token, held out"))
-        found += [(str(name), number(value) if is_number(value) else str(value), "") for name, value in _numbers(run)]
+        for name, value in _numbers(run):
+            if not (is_number(value) and number(value) in map(number, accuracy)):  # a figure says a thing once
+                found.append((str(name), number(value) if is_number(value) else str(value), ""))
     wall = sum(amount(run, "wall_s") for run in runs)
     memory = max((amount(run, "peak_rss_mb") for run in runs), default=0.0)
     if wall:
