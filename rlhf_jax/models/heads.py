@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models.layers import matmul
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Params
 
@@ -15,10 +16,10 @@ PADDED_LOGIT = -1e30  # of rows beyond the tokenizer: never sampled, probability
 def logits(spec: Spec, params: Params, x: jax.Array) -> jax.Array:
     """f32[..., V] of states [..., D]: accumulated, capped, biased and cut to the tokenizer's vocabulary in float32."""
     if spec.tied:
-        y = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"].astype(x.dtype), preferred_element_type=jnp.float32)
+        y = matmul(x, params["embed"]["embedding"], inputs=1, dtype=jnp.float32)
     else:
         head = params["head"]
-        y = jnp.einsum("...d,dv->...v", x, head["kernel"].astype(x.dtype), preferred_element_type=jnp.float32)
+        y = matmul(x, head["kernel"], dtype=jnp.float32)
         if "bias" in head:
             y += head["bias"].astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     if spec.logit_cap is not None:

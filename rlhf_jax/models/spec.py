@@ -10,6 +10,8 @@ import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
+from rlhf_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -86,6 +88,13 @@ class Spec:
     model_type: str = ""
     max_length: int = 0  # tokens the model is described for; 0: unknown
     origin: str = dataclasses.field(default="{}", compare=False, repr=False)  # the config.json it was made from
+
+    def __post_init__(self) -> None:
+        if self.real_vocab is not None and self.real_vocab > self.vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.real_vocab} tokens and the embedding {self.vocab_size} rows; "
+                "use the model's own tokenizer, or one with fewer tokens"
+            )
 
     @property
     def head_width(self) -> int:

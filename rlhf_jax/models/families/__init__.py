@@ -75,9 +75,4 @@ def spec_of(config: dict[str, Any], *, real_vocab: int | None = None) -> Spec:
         made = family_of(model_type).spec(config)
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing; a {model_type} model cannot be described without it") from None
-    if real_vocab is not None and real_vocab > made.vocab_size:
-        raise UserError(
-            f"the tokenizer has {real_vocab} tokens and the embedding {made.vocab_size} rows; "
-            "use the model's own tokenizer, or one with fewer tokens"
-        )
     return dataclasses.replace(made, model_type=model_type, real_vocab=real_vocab, origin=json.dumps(config, sort_keys=True))
