@@ -170,7 +170,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt | SystemExit | Stopped) else "failed"
+        asked = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit | Stopped)
+        status = "finished" if kind is None else "interrupted" if asked else "failed"
         self.close(status)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int]:
@@ -204,8 +205,14 @@ class Recorder:
             self._line.update(step, finite)
 
     def make_up(self, step: int) -> None:
-        """Rows of `step` may be written once more: what a failed reward kept from being evaluated there follows."""
+        """The evaluation of the step that the run continues from is still owed: it is written (again), the step's row stays."""
         self._held = step - 1
+        for name in (METRICS, SAMPLES) if self._writes else ():
+            rows = read_rows(self.run_dir / name)
+            owed = [row.get("step") == step and (name == SAMPLES or any(key.startswith("eval") for key in row)) for row in rows]
+            if any(owed):
+                kept = (row for row, again in zip(rows, owed, strict=True) if not again)
+                write_atomic(self.run_dir / name, "".join(json.dumps(row) + "\n" for row in kept))
 
     def note(self, text: str) -> None:
         """A line on the terminal that stays: a warning, a result."""

@@ -110,6 +110,7 @@ def evaluate(setup: OfflineSetup, state: OfflineState, session: Session, step: i
     with session.recorder.phase("evaluate"):
         for number in range(-(-data.eval_rows // setup.settings.batch_size)):
             batch, _ = data.eval_batch(number)
+            session.watchdog.pause()
             found = {name: float(x) for name, x in parallel.fetch(_evaluate(setup, state, batch)).items()}
             count = found.pop("count")
             total += count

@@ -85,8 +85,8 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
     root = build.root_key(settings, "rollout")
     start = int(state.step)
     pending: Pending | None = None
-    if start == 0:
-        state = evaluate(setup, state, session, 0)
+    if start == 0 or session.owes_evaluation:
+        state = evaluate(setup, state, session, start)
     for step in range(start, settings.steps):
         began, key = time.perf_counter(), jax.random.fold_in(root, step)
         prompts = setup.place(setup.prompts(step))
@@ -109,13 +109,17 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             finish(setup, session, pending)
             pending = None
             if session.evaluation_due(step + 1):
-                state = evaluate(setup, state, session, step + 1)
+                session.watchdog.pause()
+                with stop_saved(setup, session, state, None, owes_evaluation=True):
+                    state = evaluate(setup, state, session, step + 1)
             session.settle(step + 1, state)
     return state
 
 
 @contextlib.contextmanager
-def stop_saved(setup: OnlineSetup, session: Session, state: RunState, pending: Pending | None) -> Iterator[None]:
+def stop_saved(
+    setup: OnlineSetup, session: Session, state: RunState, pending: Pending | None, *, owes_evaluation: bool = False
+) -> Iterator[None]:
     """A reward from outside that fails is never a reward of 0: the run stops with everything it has learnt saved."""
     try:
         yield
@@ -124,7 +128,7 @@ def stop_saved(setup: OnlineSetup, session: Session, state: RunState, pending: P
             finish(setup, session, pending)
         step = int(state.step)
         session.directory.sync()
-        session.checkpoints.save(step, state, {"step": step})
+        session.checkpoints.save(step, state, {"step": step, "owes_evaluation": owes_evaluation})
         session.checkpoints.wait()
         raise RewardError(f"{error}\nStep {step} is saved; mend the reward and give the same command again.") from error
 

@@ -26,6 +26,7 @@ class Session:
     recorder: metrics.Recorder
     interrupts: Interrupts
     watchdog: health.Watchdog
+    owes_evaluation: bool  # of the step it was restored from: a reward failed there
 
     def evaluation_due(self, step: int) -> bool:
         """After the last step, and every log.eval_every steps."""
@@ -144,4 +145,7 @@ def open_session(
         watchdog = stack.enter_context(health.Watchdog(settings.health, say=recorder.note))
         if restored is not None:
             recorder.note(f"{out}: continuing from step {restored.step}")
-        yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog), restored
+        owed = restored is not None and bool(restored.extra.get("owes_evaluation"))
+        if restored is not None and owed:
+            recorder.make_up(restored.step)
+        yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog, owed), restored
