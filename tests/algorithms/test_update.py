@@ -176,17 +176,17 @@ def test_the_update_equals_a_plain_loop_over_the_same_minibatches(batch):
 
         (loss, _), grads = jax.value_and_grad(policy, has_aux=True)(actor.params)
         actor, _ = training.apply_gradients(tx, actor, grads, jnp.bool_(True))
-        grads = jax.grad(value, has_aux=True)(critic.params)[0]
+        (error, _), grads = jax.value_and_grad(value, has_aux=True)(critic.params)
         critic, _ = training.apply_gradients(tx, critic, grads, jnp.bool_(True))
-        return actor, critic, loss
+        return actor, critic, (loss, error)
 
     losses = []
     for rows in update.minibatch_rows(KEY, B, 2, 2):
-        actor, critic, loss = step(actor, critic, jax.tree.map(lambda x, rows=rows: x[rows], experience))
-        losses.append(loss)
+        actor, critic, both = step(actor, critic, jax.tree.map(lambda x, rows=rows: x[rows], experience))
+        losses.append(both)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.actor.params, actor.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after.critic.params, critic.params)
-    np.testing.assert_allclose(metrics["policy/loss"], np.mean(losses), rtol=1e-3)
+    np.testing.assert_allclose([metrics["policy/loss"], metrics["value/loss"]], np.mean(losses, 0), rtol=1e-3)
     assert after.actor.step == 4
     assert metrics["update/steps"] == 4
 
@@ -253,12 +253,15 @@ def test_fine_tuning_text_is_mixed_in(batch):
         target_mask=jnp.ones((4, 6), bool).at[:, 0].set(False),
     )
     want = -sequence_apply(ACTOR, None, text)[:, 1:].mean()
-    *_, mixed, metrics = run(batch, ptx_coef=2.0, ptx=text, epochs=1, minibatches=2, micro_batches=2)
+    *_, metrics = run(batch, ptx_coef=100.0, ptx=text, epochs=1, minibatches=2)
     np.testing.assert_allclose(metrics["ptx/loss_nats"], want, rtol=0.2)  # half of the rows each, the second after a step
-    *_, plain, _ = run(batch, epochs=1)
-    likelier = -sequence_apply(mixed.actor.params, None, text)[:, 1:].mean()
-    assert likelier < want
-    assert likelier < -sequence_apply(plain.actor.params, None, text)[:, 1:].mean()
+    *_, plain, alone = run(batch, epochs=1)
+    *_, mixed, metrics = run(batch, ptx_coef=100.0, ptx=text, epochs=1, micro_batches=2)
+    np.testing.assert_allclose(metrics["ptx/loss_nats"], want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["policy/loss"], alone["policy/loss"] + 100.0 * want, rtol=1e-5)
+    gains = [want + sequence_apply(s.actor.params, None, text)[:, 1:].mean() for s in (mixed, plain)]
+    assert gains[0] > 0.01
+    assert gains[0] > 2 * gains[1]
     with pytest.raises(ValueError, match="give both or neither"):
         run(batch, ptx_coef=2.0, epochs=1)
     with pytest.raises(ValueError, match="give both or neither"):
