@@ -155,7 +155,7 @@ class Recorder:
         self._step = max(self._held, 0)
         self._phases: dict[str, dict[str, Any]] = {}
         self._extra: dict[str, Any] = {}
-        self._open_phases: list[tuple[str, list[bool]]] = []  # name, and whether the device's time counts instead of the host's
+        self._open_phases: list[tuple[str, list[bool]]] = []  # name; not empty: the device's time counts, not the host's
         self._stopwatch = Stopwatch()
         self._before_s = 0.0  # seconds that the run took before it was continued
         if self._writes:

@@ -220,6 +220,19 @@ def test_a_phase_lasts_until_its_result_is_there_and_the_loop_does_not_wait(tmp_
     assert phases["rollout"]["calls"] == 2
 
 
+def test_waiting_in_a_watched_phase_is_nobodys_time_and_the_end_waits_for_the_device(tmp_path):
+    with recorder(tmp_path) as run:
+        run._stopwatch = Stopwatch(wait=time.sleep)
+        with run.phase("rollout", 1) as until:
+            until(0.0)
+            time.sleep(0.3)  # the host reads the numbers of the step before
+        with run.phase("update", 1) as until:
+            until(0.4)
+    phases = {phase["name"]: phase["wall_s"] for phase in read_summary(tmp_path)["phases"]}
+    assert phases["rollout"] < 0.2
+    assert phases["update"] > 0.35
+
+
 def test_the_result_of_a_phase_is_any_array(tmp_path):
     with recorder(tmp_path) as run:
         with run.phase("rollout", 1) as until:
