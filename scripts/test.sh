@@ -46,7 +46,7 @@ audit() {
 check "ruff check" "$bin/ruff" check .
 check "ruff format" "$bin/ruff" format --check --diff .
 check "pyright" "$bin/pyright"
-check "bandit" "$bin/bandit" --quiet --recursive --configfile pyproject.toml rlhf_jax scripts
+check "bandit" "$bin/bandit" --quiet --recursive --configfile pyproject.toml rlhf_jax
 check "pip-audit" audit
 for name in "${failed[@]}"; do
   echo "FAILED: $name"
