@@ -44,7 +44,7 @@ audit() {
   fi
 }
 check "ruff check" "$bin/ruff" check .
-check "ruff format" "$bin/ruff" format --check --diff .
+check "ruff format" "$bin/ruff" format --check .
 check "pyright" "$bin/pyright"
 check "bandit" "$bin/bandit" --quiet --recursive --configfile pyproject.toml rlhf_jax
 check "pip-audit" audit
