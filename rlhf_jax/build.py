@@ -165,11 +165,13 @@ def _cast(tree: Params, to: Any) -> Params:
 
 def _adapter(settings: config.Model, spec: models.Spec, key: jax.Array, params: Params) -> Params:
     """The adapter, and the scalar head where there is one: both are trained."""
+    if settings.lora is None:
+        raise ValueError("an adapter needs model.lora")
     return lora.init(spec, settings.lora, key) | {name: params[name] for name in ("score",) if name in params}
 
 
 def export(
-    out: Path, loaded: Loaded, params: Params, *, head: str, tokenizer: Tokenizer, calibration: Calibration | None = None
+    out: Path, loaded: Loaded, params: Params, *, head: str, tokenizer: Any, calibration: Calibration | None = None
 ) -> None:
     """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config."""
     merged = params if loaded.base is None else lora.merge(loaded.base, params, scale=loaded.lora_scale)

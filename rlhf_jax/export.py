@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, setups
+from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, setups, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import nest
 from rlhf_jax.types import Calibration
@@ -62,7 +62,7 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
 
 def locate(source: Path) -> tuple[Path, Path]:
     """A run or a checkpoint -> the run's directory and the checkpoint's."""
-    if (source / integrity.MARKER).is_file():
+    if (source / shelf.MARKER).is_file():
         return source.parent.parent, source
     steps = checkpoint.Checkpoints(source / "checkpoints").steps() if (source / "checkpoints").is_dir() else []
     if not steps or not (source / RESOLVED).is_file():

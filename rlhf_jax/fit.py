@@ -10,6 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax import config, hlo, parallel, programs, setups, topologies
 from rlhf_jax.errors import UserError
@@ -128,7 +129,7 @@ def measure(
 
 # What is not in memory while a program runs: the decoding copy is dropped after the rollout.
 _ABSENT = {"decoding copy": ("score", "reward", "learn", "sync")}
-# Collective matmul splits each matrix product over fsdp into many small permutes: measured 1.9x slower by the compiler's estimate.
+# Collective matmul splits each matrix product over fsdp into small permutes: 1.9x slower by the compiler's estimate.
 _OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
@@ -140,7 +141,7 @@ def tree_bytes(tree: Any) -> float:
         size = 1
         for each in shape:
             size *= each
-        total += size * (leaf.dtype.itemsize if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8)
+        total += size * (leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8)
     return float(total)
 
 
@@ -251,16 +252,17 @@ def to_text(verdict: Verdict) -> str:
         f"{topology.name}: {topology.devices} devices ({topology.kind} {topology.shape}, {topology.slices} slice(s)), "
         f"{chip.hbm_gib:.2f} GiB each; mesh " + " x ".join(f"{name}={size}" for name, size in verdict.mesh.items()),
         "",
-        "| program | arguments | temporaries | others | peak GiB | of capacity | TFLOP | GB moved | collectives (count, GiB) | est. s | bound "
-        "| compile s |",
+        "| program | arguments | temporaries | others | peak GiB | of capacity | TFLOP | GB moved "
+        "| collectives (count, GiB) | est. s | bound | compile s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in verdict.rows:
         share = f"{row.peak_gib / row.capacity_gib:.0%}" + ("" if row.fits else " DOES NOT FIT")
+        gib = f"{row.arguments_gib:.2f} | {row.temporaries_gib:.2f} | {row.others_gib:.2f} | {row.peak_gib:.2f}"
         moves = ", ".join(f"{kind} {n} {size / GIB:.2f}" for kind, (n, size) in row.collectives.items()) or "none"
         lines.append(
-            f"| {row.program} | {row.arguments_gib:.2f} | {row.temporaries_gib:.2f} | {row.others_gib:.2f} | {row.peak_gib:.2f} | {share} "
-            f"| {row.flops / 1e12:.2f} | {row.bytes / 1e9:.1f} | {moves} | {row.seconds:.3g} | {row.bound} | {row.compile_s:.0f} |"
+            f"| {row.program} | {gib} | {share} | {row.flops / 1e12:.2f} | {row.bytes / 1e9:.1f} | {moves} "
+            f"| {row.seconds:.3g} | {row.bound} | {row.compile_s:.0f} |"
         )
     lines += ["", "resident, GiB per device: " + ", ".join(f"{name} {size:.2f}" for name, size in verdict.resident.items())]
     worst = max(verdict.rows, key=lambda row: row.peak_gib / row.capacity_gib)

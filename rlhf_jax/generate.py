@@ -88,12 +88,13 @@ def answer(
 
 def left_padded(rows: Sequence[Sequence[int]], width: int, batch_size: int, pad_id: int, first: int) -> Prompts:
     """Token lists as a batch of `batch_size` prompts numbered from `first`; missing rows are empty."""
-    tokens = np.full((batch_size, width), pad_id, np.int32)
-    mask = np.zeros((batch_size, width), bool)
+    tokens: Any = np.full((batch_size, width), pad_id, np.int32)
+    mask: Any = np.zeros((batch_size, width), bool)
+    index: Any = np.arange(first, first + batch_size, dtype=np.int32)
     for row, ids in enumerate(rows):
         if ids:
             tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
-    return Prompts(tokens=tokens, mask=mask, index=np.arange(first, first + batch_size, dtype=np.int32))
+    return Prompts(tokens=tokens, mask=mask, index=index)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:

@@ -6,7 +6,7 @@ The text of the program names each loop's bound; this page multiplies by it. Pur
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -127,7 +127,7 @@ def report(text: str, while_trips: int = 1) -> Report:
     program = parse(text, while_trips)
     traffic: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     moved, cycles, kernels = 0.0, 0.0, 0.0
-    by_op: Counter[str] = Counter()
+    by_op: dict[str, float] = defaultdict(float)
     for name, body in program.computations.items():
         count = program.times.get(name, 0.0)
         inside = program.fused.get(name, 0.0)
@@ -154,7 +154,7 @@ def report(text: str, while_trips: int = 1) -> Report:
         bytes=moved,
         cycles=cycles,
         kernels=int(kernels),
-        slowest=by_op.most_common(12),
+        slowest=sorted(by_op.items(), key=lambda item: -item[1])[:12],
         unknown_loops=program.unknown_loops,
     )
 

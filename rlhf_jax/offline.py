@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import build, health, parallel, scoring, setups
@@ -137,7 +138,8 @@ def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Cal
     Its reliability on the held-out pairs goes to summary.json.
     """
     score = parallel.compile_step(functools.partial(_last_scores, scoring.make_score_apply(setup.trained.model)))
-    params, base, data = state.trained.params, setup.frozen.actor, setup.plan.data
+    params, base = state.trained.params, setup.frozen.actor
+    data: Any = setup.plan.data
 
     def scores(batch: Preferences) -> tuple[np.ndarray, ...]:
         sides = (setup.place(batch.chosen), setup.place(batch.rejected))
@@ -152,14 +154,14 @@ def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Cal
         held_out.append(chosen[valid])
         right.append(rejected[valid])
     if held_out:
-        chosen, rejected = np.concatenate(held_out), np.concatenate(right)
+        chosen, rejected = jnp.concatenate(held_out), jnp.concatenate(right)
         bins = jax.device_get(reward_model.calibration_bins(chosen, rejected))
         rows = [
             {"predicted": float(p), "observed": float(q), "count": int(n)}
             for p, q, n in zip(bins.confidence, bins.accuracy, bins.count, strict=True)
             if n
         ]
-        numbers = {"accuracy on held-out pairs": float(np.mean(chosen > rejected)), "calibration error": float(bins.error)}
+        numbers = {"accuracy on held-out pairs": float(jnp.mean(chosen > rejected)), "calibration error": float(bins.error)}
         session.recorder.summary(calibration=rows, numbers=numbers)
     if not setup.settings.reward_model.calibrate:
         return Calibration()

@@ -136,7 +136,8 @@ def stop_saved(
 def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
     """Score a rollout: the reward model on the devices, functions and servers on the host, summed with their weights."""
     settings = setup.settings.reward
-    total, parts = None, {}
+    total: Any = None
+    parts: dict[str, float] = {}
     if "reward" in setup.do:
         total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
     if setup.host_reward is not None:

@@ -71,7 +71,7 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def abstract(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
@@ -233,8 +233,8 @@ def offline_functions(
     stage: str, run: Any, algorithm: training.Offline, model: Model, tx: optax.GradientTransformation
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(state, batch, frozen) -> (state, metrics), and (params, frozen, batch) -> metrics of a batch that is not trained on."""
-    make = scoring.make_score_apply if stage == "reward" else scoring.make_sequence_apply
-    inner = make(model) if stage == "reward" else make(model, run.model.logprob_chunk)
+    reward = stage == "reward"
+    inner = scoring.make_score_apply(model) if reward else scoring.make_sequence_apply(model, run.model.logprob_chunk)
 
     def apply(params: Params, frozen: Frozen, batch: Sequences) -> Any:
         return inner(params, frozen.actor, batch)

@@ -105,7 +105,7 @@ def write_pairs(path: Path, tuned: Path, count: int, seed: int) -> None:
     answers = list(generate.answer(model, [*ids, *ids], settings, seed=seed, batch_size=256))
     first, second = answers[:count], answers[count:]
     gold = [reviews.gold(prompts, [a.text for a in side], [a.finished for a in side]) for side in (first, second)]
-    wins = reviews.label_pairs(*gold, np.random.default_rng((seed, 5)))
+    wins = reviews.label_pairs(gold[0], gold[1], np.random.default_rng((seed, 5)))
     rows = []
     for prompt, a, b, better in zip(prompts, first, second, wins, strict=True):
         chosen, rejected = (a, b) if better else (b, a)

@@ -39,6 +39,7 @@ class Session:
 
     def pause_due(self, step: int) -> bool:
         """The loop must read everything it has dispatched: to evaluate, to save, or because it was asked to stop."""
+        self.interrupts.unsaved = True
         return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step)
 
     def write(self, step: int, found: Mapping[str, Any], dump: Callable[[], Any]) -> None:
@@ -49,7 +50,6 @@ class Session:
           dump: the batch of the step, for when the run is stopped.
         """
         found = dict(found)
-        self.interrupts.unsaved = True
         alarms, bad = parallel.fetch((found.pop("health/alarms", None), found.pop("health/bad_steps", 0)))
         host: dict[str, Any] = found
         if self.settings.log.every and (step % self.settings.log.every == 0 or step == self.settings.steps):

@@ -90,7 +90,9 @@ def transformers_generate(tokens: np.ndarray, responses: int) -> Callable[[int],
     def generate(turn: int) -> object:
         with torch.inference_mode():
             torch.manual_seed(turn)
-            out = peer.generate(inputs, attention_mask=attended, do_sample=True, top_k=0, max_new_tokens=responses)
+            out = peer.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                inputs, attention_mask=attended, do_sample=True, top_k=0, max_new_tokens=responses
+            )
         return out.numpy()
 
     return generate
@@ -115,7 +117,9 @@ def skewed(rounds: int, rows: int = 16, number: int = 128, width: int = 64, resp
     rollouts = plain(1)
     tokens = sum(int(part.action_mask.sum()) for part in rollouts)
     longest = sum(int(part.action_mask.sum(1).max()) for part in rollouts)
-    same = np.concatenate([part.tokens for part in rollouts]) == np.asarray(all_at_once(params, prompts, jax.random.key(1)).tokens)
+    same = np.concatenate([part.tokens for part in rollouts]) == np.asarray(
+        all_at_once(params, prompts, jax.random.key(1)).tokens
+    )
     row = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
     return row | {
         "mean_length_tokens": tokens / number,
@@ -133,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = {"rollout": rollout(args.rounds, args.peer), "skewed": skewed(args.rounds)}
     for name, row in figures.items():
-        print(name, {key: float(f"{value:.4g}") for key, value in row.items()})  # noqa: T201
+        print(name, {key: float(f"{value:.4g}") for key, value in row.items()})
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

@@ -11,6 +11,8 @@ if [ "${1:-}" = --torch ]; then
 fi
 make_venv constraints-dev.txt
 bin=.venv/bin
+# The TPU compiler, with which a small run is compiled for a slice that is not there. No hashes: it follows the version of JAX.
+"$bin/python" -c 'import libtpu' 2>/dev/null || pip_install "jax[tpu]==$("$bin/python" -c 'from importlib.metadata import version; print(version("jax"))')"
 if [ -n "$torch" ]; then
   # No hashes: CPU and CUDA builds of one version differ, and which of them is at hand depends on the machine.
   "$bin/python" -c 'import torch' 2>/dev/null || { pip_install torch==2.13.0 && warm_up torch; }

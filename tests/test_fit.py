@@ -10,7 +10,10 @@ from rlhf_jax import config, fit, topologies
 from rlhf_jax.errors import UserError
 
 RUN = """
-model: {scratch: {width: 256, layers: 2, heads: 4, kv_heads: 4, mlp_width: 512, vocabulary: 1024}, compute_dtype: bfloat16, remat: full}
+model:
+  scratch: {width: 256, layers: 2, heads: 4, kv_heads: 4, mlp_width: 512, vocabulary: 1024}
+  compute_dtype: bfloat16
+  remat: full
 data: {path: prompts.jsonl, max_prompt_tokens: 32}
 reward: {functions: [{function: length}]}
 sampling: {max_new_tokens: 32}

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import health
-from rlhf_jax.config import Health
+from rlhf_jax.algorithms import training
+from rlhf_jax.config import Health, Optimizer
 from rlhf_jax.errors import EXIT_STALLED, UserError
 from rlhf_jax.health import ALARMS, advance_alarms, alarm_messages, dump_arrays, require_finite_steps
+from rlhf_jax.types import TrainState
 
 WELL = {
     "kl/per_sequence_nats": 3.0,
@@ -101,6 +103,34 @@ def test_the_run_ends_after_three_bad_updates_in_a_row_with_the_batch_dumped(tmp
 def test_objects_are_never_dumped(tmp_path):
     with pytest.raises(ValueError, match="x holds Python objects"):
         dump_arrays(tmp_path / "a.npz", {"x": np.array([object()])})
+
+
+def test_none_of_1000_updates_with_something_not_finite_touches_a_parameter():
+    """Anywhere in the gradient or in the loss, NaN or either infinity, with every moment of AdamW already moving."""
+    tx = training.make_optimizer(Optimizer(learning_rate=0.1), 10)
+    params = {"a": jnp.arange(6.0).reshape(2, 3) + 0.5, "b": jnp.linspace(-1.0, 1.0, 4)}
+    state = TrainState(step=jnp.int32(3), params=params, opt_state=tx.init(params))
+    state, _ = training.apply_gradients(tx, state, jax.tree.map(jnp.ones_like, params), jnp.asarray(True))
+    rng = np.random.default_rng(0)
+    bad = rng.choice([np.nan, np.inf, -np.inf], 1000).astype(np.float32)
+    places = rng.integers(0, 11, 1000)  # 0 to 9 an element of the gradient, 10 the loss
+
+    @jax.jit
+    def update(state, place, value):
+        flat = jnp.full(11, 0.1).at[place].set(value)
+        grads = {"a": flat[:6].reshape(2, 3), "b": flat[6:10]}
+        return training.apply_gradients(tx, state, grads, jnp.isfinite(flat[10]))
+
+    before = [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(state))]
+    applied = 0
+    for place, value in zip(places, bad, strict=True):
+        after, told = update(state, place, value)
+        applied += [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(after))] != before
+        assert told["update/skipped"] == 1
+    assert applied == 0
+    after, told = update(state, 0, jnp.float32(0.1))
+    assert told["update/skipped"] == 0
+    assert [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(after))] != before
 
 
 def watch(limits, steps, told, left=None, monkeypatch=None):

@@ -40,7 +40,7 @@ def prefill(d: Decoder, params: Params, tokens: jax.Array, mask: jax.Array, slot
     chex.assert_rank([tokens, mask], 2)
     room = ((0, 0), (0, slots - tokens.shape[1]))
     positions = positions_of(mask)
-    if any(ropes.depends_on_length(layer.rope) and slots > layer.rope.original_length for layer in d.spec.layers):
+    if any(ropes.depends_on_length(layer.rope) and slots > (layer.rope.original_length or 0) for layer in d.spec.layers):
         return hidden(d, params, tokens, mask), Replay(jnp.pad(tokens, room), jnp.pad(positions, room))
     shared = share(d, attn.causal(mask.astype(bool), positions, None), bound=slots)
     x = embed(d, params, tokens, positions)

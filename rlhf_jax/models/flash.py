@@ -57,7 +57,7 @@ def make_splash(spec: Spec, keys: Keys, windows: list[int | None], mesh: Mesh | 
 
     Windows count array indices here: right as long as no padding lies between two tokens of a row.
     """
-    segments = keys.segments
+    segments: Any = keys.segments
     length = segments.shape[1]
     padded = -(-length // BLOCK) * BLOCK
     segments = jnp.pad(segments, ((0, 0), (0, padded - length)))

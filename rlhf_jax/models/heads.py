@@ -44,6 +44,8 @@ def draw_head(spec: Spec, head: str, key: jax.Array | None, *, zero: bool = Fals
     """
     kernel = np.zeros((spec.head_width, 1), np.float32)
     if not zero:
+        if key is None:
+            raise ValueError("a head that is drawn at random needs a key")
         kernel = np.asarray(jax.random.normal(key, kernel.shape)) / np.float32(math.sqrt(spec.head_width + 1))
     return {"kernel": kernel} | ({"bias": np.zeros(1, np.float32)} if head == "value" else {})
 

@@ -17,7 +17,7 @@ class FamilyRow(NamedTuple):
     """One supported `model_type`."""
 
     model_type: str
-    classes: tuple[str, str, str]  # language model, reward model, critic
+    classes: tuple[str, ...]  # language model, reward model, critic
     loads: str
 
 

@@ -204,7 +204,7 @@ def assemble(shape: tuple[int, ...], sharding: jax.sharding.Sharding, shard: Any
     pieces: dict[tuple, np.ndarray] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), shape, strict=True))
         key = tuple((s.start, s.stop) for s in index)
         if key not in pieces:
             pieces[key] = shard(index)

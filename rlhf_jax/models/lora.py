@@ -151,11 +151,12 @@ def _find(adapter: Params, path: tuple[str, ...], index: tuple[int, ...]) -> tup
 
 def _fuse(stored: Stored, pairs: list, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """lora_A [ranks, in] and lora_B [out, ranks] of a stored matrix that holds one or several of ours."""
-    inputs = stored.shape[stored.inputs]
+    axis = stored.inputs or 0
+    inputs = stored.shape[axis]
     ranks = rank * len(pairs)
     a = np.zeros((ranks, inputs), np.float32)
     shape = list(stored.shape)
-    shape[stored.inputs] = ranks
+    shape[axis] = ranks
     b = np.zeros(shape, np.float32)
     for n, (part, pair) in enumerate(zip(stored.parts, pairs, strict=True)):
         if pair is not None:

@@ -103,7 +103,7 @@ def _write_weights(
 ) -> None:
     family = family_of(spec.model_type)
     plan: dict[str, Stored | str] = dict(stored_tensors(spec, family.rules(spec), "lm" if head == "lm" else "none"))
-    shapes = {name: (stored.shape, dtype) for name, stored in plan.items()}
+    shapes: dict[str, Any] = {name: (stored.shape, dtype) for name, stored in plan.items() if isinstance(stored, Stored)}
     if head != "lm":
         own = family.value_name if head == "value" and family.value is not None else "score"
         for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):

@@ -105,7 +105,8 @@ def kinds(spec: Spec) -> list[Kind]:
 
 def distinct(spec: Spec) -> tuple[list[Any], list[Any]]:
     """The ropes and the windows that occur, in order of appearance."""
-    return tuple(list(dict.fromkeys(getattr(layer, name) for layer in spec.layers)) for name in ("rope", "window"))
+    ropes_, windows = (list(dict.fromkeys(getattr(layer, name) for layer in spec.layers)) for name in ("rope", "window"))
+    return ropes_, windows
 
 
 def share(d: Decoder, keys: attn.Keys, *, bound: int) -> Shared:
