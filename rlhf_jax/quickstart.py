@@ -19,7 +19,7 @@ from rlhf_jax.data.tasks import reviews
 MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
 RESPONSE = 24  # tokens
 HELD_OUT = 256  # pairs that only measure a reward model
-STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 60, "addition": 40}
+STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 60, "addition": 60}
 
 
 def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Sums such as "12+34=", answered "46": a reward that can be verified, and no reward model.
+"""Sums such as "7+5=", answered "12": a reward that can be verified, and no reward model.
 
 The fine-tuning data makes mistakes (a share of its answers has one wrong digit), so that PPO has something left to learn.
 """
@@ -13,7 +13,7 @@ from rlhf_jax.types import RewardInput
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 CHARACTERS = "0123456789+="
-DIGITS = 2  # of each summand; more is harder
+DIGITS = 1  # of each summand; more is harder
 MISTAKES = 0.5
 EXAMPLES = 6000
 
