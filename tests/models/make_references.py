@@ -91,8 +91,12 @@ def references(name: str, seed: int) -> tuple[dict[str, np.ndarray], float, dict
         top = torch.stack(out.logits, 1).topk(2).values
         margin = float((top[..., 0] - top[..., 1]).min())
         found["greedy"] = out.sequences[:, prompts.shape[1] :].numpy()
-        margin = min(margin, len({tuple(row) for row in found["greedy"].tolist()}) - 1, len(set(found["greedy"][0].tolist())) / 400)
-        margin = min(margin, 20 * router_margin(model, tokens, mask), 20 * router_margin(model, *long_rows(prompts, prompt_mask, found)))
+        margin = min(
+            margin, len({tuple(row) for row in found["greedy"].tolist()}) - 1, len(set(found["greedy"][0].tolist())) / 400
+        )
+        margin = min(
+            margin, 20 * router_margin(model, tokens, mask), 20 * router_margin(model, *long_rows(prompts, prompt_mask, found))
+        )
         found["score"] = score(directory, model, tokens, mask, cases.EAGER[name], seed)
     return found, margin, config, shapes
 
@@ -108,7 +112,9 @@ def router_margin(model: Any, tokens: np.ndarray, mask: np.ndarray) -> float:
         return 1.0
 
     def look(module: Any, inputs: Any, output: Any) -> None:
-        scores = torch.nn.functional.linear(inputs[0].reshape(-1, module.weight.shape[1]), module.weight, getattr(module, "bias", None))
+        scores = torch.nn.functional.linear(
+            inputs[0].reshape(-1, module.weight.shape[1]), module.weight, getattr(module, "bias", None)
+        )
         best = torch.softmax(scores.float(), -1).topk(count + 1).values
         gaps.append((best[:, count - 1] - best[:, count])[torch.tensor(mask).reshape(-1).bool()].min().item())
 
@@ -124,7 +130,9 @@ def score(directory: Path, model: Any, tokens: np.ndarray, mask: np.ndarray, eag
     """transformers' own reward model on the same trunk."""
     reward_config = AutoConfig.from_pretrained(directory)
     reward_config.num_labels = 1
-    reward = AutoModelForSequenceClassification.from_config(reward_config, attn_implementation="eager" if eager else "sdpa").eval()
+    reward = AutoModelForSequenceClassification.from_config(
+        reward_config, attn_implementation="eager" if eager else "sdpa"
+    ).eval()
     reward.base_model.load_state_dict(model.base_model.state_dict())
     width = reward.score.weight.shape[1]
     with torch.no_grad():
@@ -147,8 +155,7 @@ def main() -> None:
                 best = (found, seed)
             if found[1] >= MARGIN:
                 break
-        (outputs, margin, config, shapes), seed = best
-        print(f"{name:24} seed {seed:2}  margin {margin:.1e}  std {outputs['columns'].std():.2f}", flush=True)
+        (outputs, _margin, config, shapes), seed = best
         arrays |= {f"{name}/{key}": value.astype(np.int32 if key == "greedy" else np.float32) for key, value in outputs.items()}
         about["variants"][name] = {"seed": seed, "config": config, "shapes": shapes}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)

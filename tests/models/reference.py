@@ -64,7 +64,9 @@ def checkpoint(directory: Path, name: str, *, head: str = "lm") -> Path:
     tensors = dict(found.tensors)
     if head != "lm":
         tensors = {n: x for n, x in tensors.items() if not n.startswith(("lm_head", "embed_out"))}
-        embedding = next(x for n, x in tensors.items() if any(k in n for k in ("embed_tokens", "wte", "embed_in", "word_embeddings.")))
+        embedding = next(
+            x for n, x in tensors.items() if any(k in n for k in ("embed_tokens", "wte", "embed_in", "word_embeddings."))
+        )
         tensors["score.weight"] = score_weight(name, embedding.shape[1])
     return write(directory / name, found.config, tensors)
 

@@ -87,8 +87,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", llama_like(sliding_window=WINDOW, layer_types=[FULL, SLIDING])),
     "mixtral": ("mixtral", llama_like(num_local_experts=4, num_experts_per_tok=2, intermediate_size=24)),
     "gemma": ("gemma", llama_like(num_key_value_heads=1, tie_word_embeddings=True)),
-    "gemma2": ("gemma2", llama_like(num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=24, tie_word_embeddings=True,
-                                    attn_logit_softcapping=4.0, final_logit_softcapping=4.0)),
+    "gemma2": ("gemma2", llama_like(num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=24,
+                                    tie_word_embeddings=True, attn_logit_softcapping=4.0, final_logit_softcapping=4.0)),
     "gemma3_text": ("gemma3_text", llama_like(num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=24,
                                               layer_types=[SLIDING, SLIDING, FULL, SLIDING], tie_word_embeddings=True,
                                               rope_parameters=GEMMA3_ROPES)),
@@ -97,8 +97,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                                         rope_parameters={FULL: YARN | {"rope_theta": 500000.0}, SLIDING: rope(500000.0)})),
     "phi": ("phi", plain(**NEOX | {"num_key_value_heads": 2}, max_position_embeddings=128, qk_layernorm=True,
                          rope_parameters=rope(100.0, partial_rotary_factor=0.5))),
-    "phi3": ("phi3", derived_head_dim(hidden_size=48, sliding_window=WINDOW, max_position_embeddings=96, original_max_position_embeddings=24,
-                                      rope_parameters=LONGROPE)),
+    "phi3": ("phi3", derived_head_dim(hidden_size=48, sliding_window=WINDOW, max_position_embeddings=96,
+                                      original_max_position_embeddings=24, rope_parameters=LONGROPE)),
     "phi3_plain": ("phi3", derived_head_dim(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, sliding_window=None,
                                             tie_word_embeddings=True)),
     "smollm3": ("smollm3", derived_head_dim(num_hidden_layers=4, tie_word_embeddings=True, no_rope_layers=[1, 0, 1, 0])),
@@ -136,5 +136,9 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         centre = 1.0 if name.endswith("weight") and "norm" in name.replace("ln_", "norm").replace(".ln", ".norm") else 0.0
         return np.float32(centre) + 0.25 * noise
     fan_in = shape[-1] if len(shape) == 2 and "c_" not in name else shape[-2]
-    gain = 2.0 if any(part in name for part in ("q_proj", "k_proj", "query_key_value", "qkv_proj", "c_attn", "gate.weight", "router")) else 1.4
+    gain = (
+        2.0
+        if any(part in name for part in ("q_proj", "k_proj", "query_key_value", "qkv_proj", "c_attn", "gate.weight", "router"))
+        else 1.4
+    )
     return noise * np.float32(gain / fan_in**0.5)
