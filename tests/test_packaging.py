@@ -31,7 +31,7 @@ FLOORS = {
     "rewards": {"rewards"},
     "placement": {"parallel"},
     "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs", "shelf"},
-    "seeing": {"metrics", "progress", "trackers", "report", "plots", "evaluate"},
+    "seeing": {"metrics", "progress", "stopwatch", "trackers", "report", "plots", "evaluate"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
     "testing": {"testing"},
