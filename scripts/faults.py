@@ -41,8 +41,12 @@ def run_kills(stages: list[str], devices: list[int], timed: int) -> bool:
         print(f"{stage:8} {count:7}  {asked:11}  {result.killed:6}  {result.resumed_exactly:15}  {result.end_is_equal}")
         for note in result.notes:
             print(f"    {note}")
+    asked, notes = kills.stops(configs["sft"], "sft", devices=1, times=20, say=say)
+    print(f"\nSIGTERM at a random moment: {asked}/20 with nothing lost and exit status 143")
+    for note in notes:
+        print(f"    {note}")
     shutil.rmtree(folder)
-    return good
+    return good and not notes
 
 
 def run_rows() -> bool:

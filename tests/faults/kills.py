@@ -106,6 +106,29 @@ def kill_at(point: str, arguments: list[str | Path], devices: int, out: Path) ->
     return stages.finish(process)[0]
 
 
+def stops(config: Path, stage: str, *, devices: int, times: int, say: Callable[[str], None]) -> tuple[int, list[str]]:
+    """Ask a run to stop at `times` random moments, going on after each; how often nothing was lost and the status was 143."""
+    out, rng, good, notes = config.parent / f"{stage}-stopped-{devices}", random.Random(devices), 0, []  # noqa: S311
+    shutil.rmtree(out, ignore_errors=True)
+    for number in range(times):
+        before = lines(out / "metrics.jsonl")
+        keys = [f"out={out}", "save.every=50", "steps=1000000", "log.eval_every=0"]
+        process = stages.start([stage, config, *keys], devices=devices)
+        while process.poll() is None and lines(out / "metrics.jsonl") <= before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.terminate()
+        status, text = stages.finish(process)
+        last = stages.rows(out / "metrics.jsonl")[-1]["step"]
+        saved = int((out / "checkpoints" / "LATEST").read_text())
+        fine = status == 143 and saved == last and f"step {saved} is saved" in text
+        good += fine
+        verdict = f"{stage} on {devices}: stop {number + 1}: status {status}, last step {last}, saved {saved}"
+        notes += [] if fine else [verdict]
+        say(verdict)
+    return good, notes
+
+
 def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,13 +74,23 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def start(arguments: list[Any], *, point: str = "none", devices: int = 1) -> subprocess.Popen[str]:
+def start(arguments: list[Any], *, point: str = "none", devices: int = 1, **variables: str) -> subprocess.Popen[str]:
     """The command line in its own process."""
     words = [sys.executable, str(CHILD), point, *map(str, arguments)]
-    return subprocess.Popen(words, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=environment(devices) | variables, **pipes)
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 300) -> tuple[int, str]:
+def start_several(arguments: list[Any], *, processes: int, devices: int) -> list[subprocess.Popen[str]]:
+    """The same command in several processes of one run, each with its share of the devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [start(arguments, devices=devices, JAX_PROCESS_ID=str(number), **shared) for number in range(processes)]
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 3000) -> tuple[int, str]:
     """Exit status and everything it printed."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
