@@ -105,7 +105,7 @@ def save_adapter(
     targets = set()
     for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
         pairs = [_find(adapter, part.leaf[:-1], part.index) for part in stored.parts]
-        if not any(pairs):
+        if stored.parts[0].leaf[-1] != "kernel" or not any(pairs):
             continue
         if stored.inputs is None:
             raise UserError(f"{name}: PEFT has no layout for adapters of experts that share a tensor; merge the adapter instead")
