@@ -34,7 +34,7 @@ def _write(path: Path, content: bytes) -> str:
         ("bom_crlf_blank.jsonl", b"\xef\xbb\xbf" + _jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
         ("array.json", json.dumps(ROWS, indent=1).encode()),
         ("bom_array.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
-        ("a.jsonl.gz", gzip.compress(_jsonl(ROWS))),
+        ("a.jsonl.gz", gzip.compress(_jsonl(ROWS), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(_jsonl(ROWS))),
         ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
     ],
@@ -96,10 +96,10 @@ def test_bad_lines_are_named_by_path_line_and_column(tmp_path: Path, line: bytes
         ("bad_utf8.json", b'["\xff"]', ("invalid UTF-8 at byte 3",)),
         ("a.csv", b"a,b\n", ("none of .jsonl, .json, .parquet",)),
         ("a.jsonl.gz", b"not gzip", ("damaged or not gz",)),
-        ("cut.jsonl.gz", gzip.compress(_jsonl(ROWS) * 100)[:-20], ("damaged or not gz",)),
+        ("cut.jsonl.gz", gzip.compress(_jsonl(ROWS) * 100, mtime=0)[:-20], ("damaged or not gz",)),
         ("a.jsonl.xz", b"not xz", ("damaged or not xz",)),
         ("a.jsonl.bz2", b"not bz2", ("damaged or not bz2",)),
-        ("void.jsonl.gz", gzip.compress(b""), ("empty after decompression",)),
+        ("void.jsonl.gz", gzip.compress(b"", mtime=0), ("empty after decompression",)),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, pieces: tuple[str, ...]):
@@ -184,7 +184,7 @@ def test_zstd_by_the_standard_library_or_the_extra(tmp_path: Path, monkeypatch: 
         return gzip.open(file, mode)
 
     stand_in = {"open": unpack, "ZstdError": ZstdError}
-    good, bad = _write(tmp_path / "a.jsonl.zst", gzip.compress(_jsonl(ROWS))), _write(tmp_path / "b.jsonl.zst", b"bad")
+    good, bad = _write(tmp_path / "a.jsonl.zst", gzip.compress(_jsonl(ROWS), mtime=0)), _write(tmp_path / "b.jsonl.zst", b"bad")
     for present, absent in (("compression.zstd", "zstandard"), ("zstandard", "compression.zstd")):
         monkeypatch.setitem(sys.modules, present, _module(present, **stand_in))
         monkeypatch.setitem(sys.modules, absent, None)
