@@ -81,9 +81,11 @@ def train(setup: OfflineSetup, state: OfflineState, session: Session) -> Offline
         state = evaluate(setup, state, session, 0)
     for step in range(start, settings.steps):
         began = time.perf_counter()
-        with recorder.phase("train"), health.phase("train", setup.components):
+        with recorder.phase("data"):
             batch = setup.place(setup.plan.data.batch(step))
+        with recorder.phase("train", step + 1) as until, health.phase("train", setup.components):
             state, metrics = setup.update(state, batch, frozen)
+            until(metrics)
             if pending is not None:
                 finish(session, pending)
             pending = Pending(step + 1, metrics, batch, began)

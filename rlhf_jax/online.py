@@ -1,8 +1,8 @@
 """The loop of PPO, GRPO, RLOO and their kin: it does not know which one runs. Read this page third.
 
     rollout = sample(actor, prompts, key)                             jitted, sharded
-    scores  = reward(rollout)                                         reward model, host functions, or both
     scored  = score(actor, critic, reference, rollout)                log-probabilities and values
+    scores  = reward(rollout)                                         reward model, host functions (while the device scores)
     state   = learn(state, rollout, scores, scored, key)              experience, then epochs x minibatches; donated
 
 Dispatch is asynchronous: the metrics of step n - 1 are read while the device computes step n. Randomness is
@@ -91,17 +91,22 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
         began, key = time.perf_counter(), jax.random.fold_in(root, step)
         prompts = setup.place(setup.prompts(step))
         critic = None if state.critic is None else state.critic.params
-        with recorder.phase("rollout"), health.phase("rollout", setup.components):
+        with recorder.phase("rollout", step + 1) as until, health.phase("rollout", setup.components):
             decoding = do["sync"](state.actor.params, frozen.actor)
             rollout = do["rollout"](decoding, prompts, key)
             greedy = do["greedy"](decoding, prompts, key) if "greedy" in do else None
-        with recorder.phase("reward"), stop_saved(setup, session, state, pending):
-            scores = reward(setup, rollout)
-            baseline = None if greedy is None else reward(setup, greedy).total
-        with recorder.phase("score"), health.phase("score", setup.components):
-            scored = do["score"](state.actor.params, critic, frozen, rollout).replace(greedy_score=baseline)
-        with recorder.phase("update"), health.phase("update", setup.components):
+            until(rollout.finished)
+        with recorder.phase("score", step + 1) as until, health.phase("score", setup.components):
+            scored = do["score"](state.actor.params, critic, frozen, rollout)
+            until(scored.logprobs)
+        with recorder.phase("reward", step + 1) as until, stop_saved(setup, session, state, pending):
+            scores = reward(setup, rollout)  # on the host while the device scores
+            if greedy is not None:
+                scored = scored.replace(greedy_score=reward(setup, greedy).total)
+            until(scores.total)
+        with recorder.phase("update", step + 1) as until, health.phase("update", setup.components):
             state, metrics = do["learn"](state, frozen, rollout, scores.total, scored, key, setup.ptx_batch(step))
+            until(metrics)
             if pending is not None:
                 finish(setup, session, pending)
             pending = Pending(step + 1, metrics, rollout, scores.parts, began)

@@ -202,21 +202,22 @@ def test_memory_is_in_megabytes():
 
 def test_a_phase_lasts_until_its_result_is_there_and_the_loop_does_not_wait(tmp_path):
     with recorder(tmp_path) as run:
-        run._stopwatch = Stopwatch(wait=time.sleep)  # a result is the seconds that the device still needs for it
         for n in (1, 2):
-            began = time.monotonic()
+            computed = threading.Event()
+            run._stopwatch._wait = lambda seconds, computed=computed: computed.wait(60) and time.sleep(seconds)
             with run.phase("rollout", n) as until:
-                until(0.1)
+                until(0.05)
             with run.phase("policy update", n) as until:
-                until(0.3)
-            assert time.monotonic() - began < 0.08
+                until(0.1)
+            assert run._stopwatch.take(n, timeout_s=0.0) == {}  # the loop is here, and the device has finished nothing
+            computed.set()
             run.log(n, {"reward/score": 1.0})
     for row in rows_of(tmp_path):
-        assert row["time/rollout_s"] == pytest.approx(0.1, abs=0.08)
-        assert row["time/policy_update_s"] == pytest.approx(0.3, abs=0.1)
+        assert row["time/rollout_s"] >= 0.05
+        assert row["time/policy_update_s"] >= 0.1
     phases = {phase["name"]: phase for phase in read_summary(tmp_path)["phases"]}
-    assert phases["rollout"]["wall_s"] == pytest.approx(0.2, abs=0.15)
-    assert phases["policy update"]["wall_s"] == pytest.approx(0.6, abs=0.2)
+    assert phases["rollout"]["wall_s"] >= 0.1
+    assert phases["policy update"]["wall_s"] >= 0.2
     assert phases["rollout"]["calls"] == 2
 
 
@@ -225,11 +226,11 @@ def test_waiting_in_a_watched_phase_is_nobodys_time_and_the_end_waits_for_the_de
         run._stopwatch = Stopwatch(wait=time.sleep)
         with run.phase("rollout", 1) as until:
             until(0.0)
-            time.sleep(0.3)  # the host reads the numbers of the step before
+            time.sleep(0.6)  # the host reads the numbers of the step before
         with run.phase("update", 1) as until:
             until(0.4)
     phases = {phase["name"]: phase["wall_s"] for phase in read_summary(tmp_path)["phases"]}
-    assert phases["rollout"] < 0.2
+    assert phases["rollout"] < 0.5
     assert phases["update"] > 0.35
 
 

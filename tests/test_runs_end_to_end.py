@@ -219,6 +219,25 @@ def test_grpo_runs_through_the_same_loop_without_a_critic(base: Path, tmp_path: 
     assert not (out / "final-critic").exists()
 
 
+def test_the_device_scores_while_the_host_rewards(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    set_up = setups.set_up_online
+
+    def told(name: str, call: Any) -> Any:
+        return lambda *args: order.append(name) or call(*args)
+
+    def wrapped(plan: setups.OnlinePlan) -> setups.OnlineSetup:
+        made = set_up(plan)
+        do = {name: told(name, step) for name, step in made.do.items()}
+        return dataclasses.replace(made, do=do, host_reward=told("host", made.host_reward))
+
+    monkeypatch.setattr(setups, "set_up_online", wrapped)
+    settings = ppo_run(tmp_path / "ppo", base / "sft" / "final", None, steps=1, log=config.Log(eval_every=0))
+    online.run("ppo", settings)
+    step = order[order.index("learn") - 4 : order.index("learn") + 1]
+    assert step == ["sync", "rollout", "score", "host", "learn"]
+
+
 def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:
     settings = ppo_run(
         tmp_path / "lora",
