@@ -169,6 +169,9 @@ def _model(model: c.Model, mesh: c.Mesh) -> Iterator[Problem]:
 
 def _data(data: c.Data, prefix: str) -> Iterator[Problem]:
     yield from _one_of(data, ("path", "sources", "task"), prefix, f"write {prefix}.path=FILE")
+    if data.task_options and data.task is None:
+        text = f"{prefix}.task_options belong to an embedded task and {prefix}.task is not given; name one, or remove them"
+        yield Problem(f"{prefix}.task_options", text)
 
 
 def batch_problem(batch_size: int, minibatches: int, micro_batches: int, ways: int) -> str | None:
@@ -209,6 +212,9 @@ def _batch(config: c.Run) -> Iterator[Problem]:
     ways = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
     text = batch_problem(config.batch_size, *splits(config), ways)
     if text:
+        yield Problem("batch_size", text)
+    if isinstance(config, c.KTORun) and config.batch_size == 1:
+        text = "batch_size is 1; kto pairs every prompt with another row's answer, so it must be at least 2"
         yield Problem("batch_size", text)
     parts = getattr(config, "score_parts", 1)
     if config.batch_size % parts:

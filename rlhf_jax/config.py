@@ -104,9 +104,13 @@ class Data:
     path: str | None = key(None, "jsonl, json or parquet file, compressed or not (or hub name with the data extra)")
     sources: tuple[Source, ...] = key((), "several files with weights, instead of path")
     task: Literal["reviews", "addition"] | None = key(None, "an embedded task, instead of a file")
+    task_options: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata={"effect": "what the task makes, such as {digits: 2} of addition", "unit": ""}
+    )
     columns: dict[str, str] = dataclasses.field(
         default_factory=dict, metadata={"effect": "renames, ours: theirs, such as {chosen: preferred}", "unit": ""}
     )
+    chat: bool = key(False, "questions and answers given as strings become messages, which the chat template writes")
     max_prompt_tokens: int = key(256, "length P of prompts", "tokens")
     max_tokens: int = key(512, "length of a whole training sequence", "tokens")
     long_prompts: Literal["error", "drop", "truncate_left"] = key("drop", "what happens to a prompt longer than allowed")

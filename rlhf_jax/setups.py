@@ -338,6 +338,7 @@ def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     tokenizer = build.tokenizer_for(stage, settings)
     make: Callable[..., Any] = make_sft_data if stage == "sft" else make_preference_data
+    build.offline_algorithm(stage, settings)  # settings that contradict each other are told before anything is read
     data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     return OfflinePlan(stage, settings, mesh, tokenizer, data)
 

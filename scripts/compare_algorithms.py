@@ -1,11 +1,14 @@
-"""All algorithms on the same sums from the same start at equal compute, with error bars over seeds.
+"""All algorithms on the same task from the same start at equal compute, with error bars over seeds made by one `vmap`.
 
-    python scripts/compare_algorithms.py --out runs/compare --seeds 5 --passes 600
+    python scripts/compare_algorithms.py --task addition --out runs/compare          minutes an algorithm on 2 cores
+    python scripts/compare_algorithms.py --task addition --out runs/compare --only PPO GRPO
+    python scripts/compare_algorithms.py --table --out runs/compare                   the table of what is there
 
-fine-tunes once on the `addition` task (half of whose answers are wrong), then trains with every algorithm until the model has
-made `passes` passes over a batch of answers (generation 1, forward 1, backward 2; docs/algorithms.md). Sampling, checking the
-answers and updating are one pure function, so that a run is one program and its seeds a `vmap`. Prints and writes a Markdown
-table of the share of right answers to 1,000 sums that this training has not seen; mean and standard error over seeds.
+Settings are those of the run files in configs/, the start is that of sft_TASK.yaml. Compute is counted in passes of the model
+over an answer (generation 1, forward 1, backward 2; docs/algorithms.md), and every algorithm gets as many steps as the budget
+pays for. Sampling, scoring and updating are one pure function, so that a run is one program and its seeds a `vmap`. Online
+algorithms see the task's own reward (sums are checked; reviews have their gold reward), offline ones its preference pairs.
+Each row is a file OUT/TASK/NAME.json: the score of answers to prompts that training does not see, of every seed.
 """
 
 import argparse
@@ -14,105 +17,162 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rlhf_jax import build, config, metrics, offline, parallel, programs, sampling, scoring
+from rlhf_jax import build, config, config_file, metrics, offline, parallel, programs, sampling, scoring
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
-from rlhf_jax.data.tasks import addition
-from rlhf_jax.types import Frozen, Model, Moments, Preferences, Prompts, Rollout, RunState, Sequences, TrainState
+from rlhf_jax.data.batches import make_preference_data, make_prompt_data
+from rlhf_jax.data.tasks import TASKS, reviews
+from rlhf_jax.types import Frozen, Model, Moments, Preferences, Prompts, Rollout, RunState, TrainState
 
-Learn = Callable[[jax.Array], Any]  # key -> trained parameters
-ANSWER = 5  # R, tokens
-HELD_OUT = 1000
-CASES: list[tuple[str, str, Any, float]] = [  # row of the table, stage, settings, passes of one step over an answer
-    ("PPO", "ppo", config.PPO(epochs=1, kl_coef=0.01), 10),
-    ("PPO, 4 epochs", "ppo", config.PPO(kl_coef=0.01), 28),
-    ("GRPO", "grpo", config.GRPO(), 6),
-    ("Dr.GRPO", "grpo", config.GRPO(advantage_scale="none", aggregation="sequence_mean_token_sum_norm", kl_coef=0.0), 5),
-    ("DAPO", "grpo", config.GRPO(aggregation="token_mean", clip_high=0.28, drop_uninformative=True, kl_coef=0.0), 5),
-    ("GSPO", "gspo", config.GSPO(), 5),
-    ("RLOO", "rloo", config.RLOO(kl_coef=0.01), 6),
-    ("REINFORCE++", "reinforce_pp", config.ReinforcePP(kl_coef=0.01), 6),
-    ("REINFORCE++, group baseline", "reinforce_pp", config.ReinforcePP(baseline="group", group_size=4, kl_coef=0.01), 6),
-    ("ReMax", "remax", config.ReMax(kl_coef=0.01), 7),
-    ("DPO", "dpo", config.DPO(), 4),
-    ("IPO", "dpo", config.DPO(loss="ipo"), 4),
-    ("KTO", "kto", config.KTO(), 6),
-]
-
-
-class Sums:
-    """All sums of two summands below 100 as tokens; the last `HELD_OUT` of a random order are for evaluation."""
-
-    def __init__(self, seed: int) -> None:
-        tokenizer = addition.tokenizer()
-        order = np.random.default_rng(seed).permutation(10**4)
-        texts = [(f"{n // 100}+{n % 100}=", str(n // 100 + n % 100)) for n in order]
-        self.eos, self.pad = tokenizer.eos_id, tokenizer.pad_id
-        prompts = [tokenizer.encode(prompt, start=True) for prompt, _ in texts]
-        answers = [[*tokenizer.encode(answer), self.eos] for _, answer in texts]
-        self.width = max(map(len, prompts))
-        self.prompts = jnp.asarray([[self.pad] * (self.width - len(ids)) + ids for ids in prompts], jnp.int32)
-        self.answers = jnp.asarray([ids + [self.pad] * (ANSWER - len(ids)) for ids in answers], jnp.int32)
-
-    def draw(self, key: jax.Array, count: int) -> Prompts:
-        return self.rows(jax.random.randint(key, (count,), 0, len(self.prompts) - HELD_OUT))
-
-    def rows(self, index: jax.Array) -> Prompts:
-        tokens = self.prompts[index]
-        return Prompts(tokens=tokens, mask=tokens != self.pad, index=index.astype(jnp.int32))
-
-    def right(self, rollout: Rollout) -> jax.Array:
-        """1 for the right sum, ended: f32[B]."""
-        answer = jnp.where(rollout.action_mask, rollout.tokens[:, -ANSWER:], self.pad)
-        return (jnp.all(answer == self.answers[rollout.index], 1) & rollout.finished).astype(jnp.float32)
-
-    def pairs(self, key: jax.Array, count: int) -> Preferences:
-        """Right answers, and the same with one digit replaced."""
-        index, place, digit = (jax.random.fold_in(key, i) for i in range(3))
-        index = jax.random.randint(index, (count,), 0, len(self.prompts) - HELD_OUT)
-        prompt, chosen = self.prompts[index], self.answers[index]
-        zero = addition.tokenizer().encode("0")[0]
-        place = jax.random.randint(place, (count, 1), 0, 60) % jnp.sum((chosen != self.pad) & (chosen != self.eos), 1)[:, None]
-        other = zero + (chosen - zero + jax.random.randint(digit, (count, 1), 1, 10)) % 10
-        rejected = jnp.where(jnp.arange(ANSWER) == place, other, chosen)
-        return Preferences(chosen=self._sequences(prompt, chosen), rejected=self._sequences(prompt, rejected))
-
-    def _sequences(self, prompt: jax.Array, answer: jax.Array) -> Sequences:
-        tokens = jnp.concatenate([prompt, answer], 1)
-        mask = tokens != self.pad
-        return Sequences(tokens=tokens, mask=mask, target_mask=mask & (jnp.arange(tokens.shape[1]) >= self.width)[None])
+CONFIGS = Path(__file__).parent.parent / "configs"
+HELD_OUT = 1024  # answers that measure a policy
+CASES = {  # row of the table -> (run file, changes to it)
+    "PPO": ("ppo_addition", ()),
+    "PPO, 4 epochs": ("ppo_addition", ("ppo.epochs=4",)),
+    "GRPO": ("grpo_addition", ()),
+    "Dr.GRPO": ("dr_grpo_addition", ()),
+    "DAPO": ("dapo_addition", ()),
+    "GSPO": ("gspo_addition", ()),
+    "RLOO": ("rloo_addition", ()),
+    "REINFORCE++": ("reinforce_pp_addition", ()),
+    "REINFORCE++, group baseline": ("reinforce_pp_addition", ("reinforce_pp.baseline=group", "reinforce_pp.group_size=4")),
+    "ReMax": ("remax_addition", ()),
+    "DPO": ("dpo_reviews", ()),
+    "IPO": ("ipo_reviews", ()),
+    "KTO": ("kto_reviews", ()),
+}
 
 
-def online(
-    case: tuple[str, str, Any, float], sums: Sums, model: Model, start: Any, critic: Any, args: argparse.Namespace
-) -> Learn:
+class Task(NamedTuple):
+    """A task as arrays, so that a whole run is one program. Rows of the data are numbered from 0 to N - 1."""
+
+    prompts: jax.Array  # i32[N, P], left-padded
+    train: jax.Array  # i32[·], rows for training
+    held_out: jax.Array  # i32[HELD_OUT], rows for measuring
+    length: int  # R
+    score: Callable[[Rollout], jax.Array]  # f32[B], reward units
+    pairs: Preferences  # of training prompts
+    eos: int
+    pad: int
+
+    def ask(self, rows: jax.Array) -> Prompts:
+        """Prompts numbered by their place, so that a row drawn twice is answered twice."""
+        tokens = self.prompts[rows]
+        return Prompts(tokens=tokens, mask=tokens != self.pad, index=jnp.arange(len(rows), dtype=jnp.int32))
+
+
+def load_task(name: Any) -> Task:
+    tokenizer = TASKS[name].tokenizer()
+    settings = config.Data(task=name, max_prompt_tokens=8, max_tokens=40, eval_fraction=0.2)
+    data = make_prompt_data(settings, tokenizer, seed=0, batch_size=1)
+    pairs = make_preference_data(settings, tokenizer, seed=0, batch_size=1).tables.tables[0].train
+    pairs = make_preference_data(settings, tokenizer, seed=0, batch_size=len(pairs)).batch(0)  # an epoch: all of them
+    every, held_out = np.arange(len(data.tables.tables[0].numbers)), data.tables.eval_index()
+    prompts = jnp.asarray(data.prompts(every).tokens)
+    length = {"addition": 5, "reviews": reviews.RESPONSE_TOKENS}[name]
+    if name == "addition":
+        texts = [str(answer) for answer in data.columns(every)["answer"]]
+        answers = np.full((len(texts), length), tokenizer.pad_id)
+        for row, text in enumerate(texts):
+            ids = [*tokenizer.encode(text), tokenizer.eos_id]
+            answers[row, : len(ids)] = ids
+        score = functools.partial(right_sum, jnp.asarray(answers), tokenizer.pad_id)
+    else:
+        score = functools.partial(gold, prompts)
+    return Task(
+        prompts=prompts,
+        train=jnp.asarray(np.setdiff1d(every, held_out)),
+        held_out=jnp.asarray(np.resize(held_out, HELD_OUT)),
+        length=length,
+        score=score,
+        pairs=jax.tree.map(jnp.asarray, pairs),
+        eos=tokenizer.eos_id,
+        pad=tokenizer.pad_id,
+    )
+
+
+def right_sum(answers: jax.Array, pad: int, rollout: Rollout) -> jax.Array:
+    """1 for the right sum, ended: f32[B]. The same as the task's reward function, on tokens."""
+    given = jnp.where(rollout.action_mask, rollout.tokens[:, -answers.shape[1] :], pad)
+    return (jnp.all(given == answers[rollout.index], 1) & rollout.finished).astype(jnp.float32)
+
+
+def gold(prompts: jax.Array, rollout: Rollout) -> jax.Array:
+    """`reviews.gold` on tokens (one a word), f32[B]."""
+    number = {word: i for i, word in enumerate(reviews.WORDS)}
+    size = len(reviews.WORDS)
+
+    def table(words: Any, value: float = 1.0) -> np.ndarray:
+        return np.bincount([number[word] for word in words], minlength=size).astype(np.float32) * value
+
+    nouns = np.stack([table(reviews.NOUNS[topic]) for topic in reviews.TOPICS])  # f32[topics, V]
+    feeling = jnp.asarray(table((*reviews.GOOD, *reviews.LIKED)) - table((*reviews.BAD, *reviews.HATED)))
+    eos = number["<eos>"]
+    said = rollout.action_mask & (rollout.tokens[:, -rollout.action_mask.shape[1] :] != eos)
+    words = jnp.where(said, rollout.tokens[:, -said.shape[1] :], 0)
+    one_hot = jax.nn.one_hot(words, size) * said[..., None]
+    value = feeling[words] * said
+    negated = jnp.pad(words[:, :-1] == number["not"], ((0, 0), (1, 0)))
+    seen = (jnp.cumsum(one_hot, 1) - one_hot)[jnp.arange(len(words))[:, None], jnp.arange(words.shape[1])[None], words] > 0
+    sentiment = jnp.where(value == 0, 0.0, jnp.where(seen, -0.25, jnp.where(negated, -value, value))).sum(1)
+    topics = jnp.asarray([number[topic] for topic in reviews.TOPICS])
+    own = jnp.asarray(nouns)[jnp.argmax(prompts[rollout.index][:, :, None] == topics, 2).max(1)]
+    counts = one_hot.sum(1)
+    on, off = ((counts > 0) * own).sum(1), (counts * (jnp.asarray(nouns.sum(0)) - own)).sum(1)
+    same = (words[:, 1:] == words[:, :-1]) & said[:, 1:]
+    again = (words[:, 3:] == words[:, :-3]) & said[:, 3:]
+    triples = again[:, :-2] & again[:, 1:-1] & again[:, 2:]
+    return (
+        3.0 * jnp.tanh(sentiment / 3.0)
+        + 0.5 * jnp.minimum(on, 3)
+        - 0.5 * off
+        - 0.7 * (same.sum(1) + triples.sum(1))
+        - jnp.where(rollout.finished, 0.0, 1.5)
+        - 0.1 * jnp.maximum(0, said.sum(1) - 16)
+    )
+
+
+def passes_per_answer(stage: str, settings: Any) -> float:
+    """Passes of the model over an answer that a step makes of each of its answers: the page's table, and generation."""
+    if stage == "dpo":
+        return 3 + 1
+    if stage == "kto":
+        return 3 + 1 + 2
+    needs = ALGORITHMS[stage](settings).needs
+    models = 1 + ("critic" in needs)
+    scoring_passes = ("entropy" in needs) + ("critic" in needs) + ("reference" in needs)
+    return 1 + ("greedy" in needs) + scoring_passes + 3 * models * settings.epochs
+
+
+def online(stage: str, run: Any, steps: int, task: Task, model: Model, start: Any, critic: Any) -> Callable[[jax.Array], Any]:
     """key -> trained params: the loop of `online.py` as one pure function."""
-    _, stage, settings, cost = case
+    settings = getattr(run, stage)
     algorithm = ALGORITHMS[stage](settings)
     critic = critic if "critic" in algorithm.needs else None
-    stop = {"stop_ids": (sums.eos,), "pad_id": sums.pad}
-    sample = sampling.make_sampler(model, config.Sampling(max_new_tokens=ANSWER), samples=algorithm.group_size, **stop)
-    greedy = sampling.make_sampler(model, config.Sampling(max_new_tokens=ANSWER, temperature=0.0), **stop)
+    stop = {"stop_ids": (task.eos,), "pad_id": task.pad}
+    sample = sampling.make_sampler(model, config.Sampling(max_new_tokens=task.length), samples=algorithm.group_size, **stop)
+    greedy = sampling.make_sampler(model, config.Sampling(max_new_tokens=task.length, temperature=0.0), **stop)
     judge = scoring.make_scorer(model, None if critic is None else model, needs=algorithm.needs)
-    txs = (optax.adam(args.learning_rate, b2=0.99), optax.adam(3 * args.learning_rate, b2=0.99))
-    update = algorithm.make_update(
-        scoring.make_policy_apply(model), None if critic is None else scoring.make_value_apply(model), *txs
-    )
+    optimizers = (run.actor_optimizer, getattr(run, "critic_optimizer", run.actor_optimizer))
+    txs = tuple(training.make_optimizer(each, steps * settings.epochs * settings.minibatches) for each in optimizers)
+    value = None if critic is None else scoring.make_value_apply(model)
+    update = algorithm.make_update(scoring.make_policy_apply(model), value, *txs)
     frozen, zero = Frozen(reference=start), jnp.float32(0.0)
+    count = run.batch_size // algorithm.group_size
 
     def step(state: RunState, key: jax.Array) -> tuple[RunState, None]:
-        prompts = sums.draw(key, args.batch_size // algorithm.group_size)
-        rollout = sample(state.actor.params, prompts, key)
-        scored = judge(state.actor.params, None if state.critic is None else state.critic.params, frozen, rollout)
+        rows = jax.random.choice(jax.random.fold_in(key, 1), task.train, (count,))
+        prompts, params = task.ask(rows), state.actor.params
+        rollout = sample(params, prompts, key).replace(index=jnp.repeat(rows, algorithm.group_size))
+        scored = judge(params, None if state.critic is None else state.critic.params, frozen, rollout)
         if "greedy" in algorithm.needs:
-            scored = scored.replace(greedy_score=sums.right(greedy(state.actor.params, prompts, key)))
-        experience, _ = algorithm.make_experience(rollout, sums.right(rollout), scored, state.kl_coef)
+            scored = scored.replace(greedy_score=task.score(greedy(params, prompts, key).replace(index=rows)))
+        experience, _ = algorithm.make_experience(rollout, task.score(rollout), scored, state.kl_coef)
         return update(state, experience, key, frozen)[0], None
 
     def learn(key: jax.Array) -> Any:
@@ -128,101 +188,113 @@ def online(
             bad_steps=jnp.int32(0),
             alarms=jnp.zeros(programs.ALARMS, jnp.int32),
         )
-        return jax.lax.scan(step, state, jax.random.split(key, int(args.passes / cost)))[0].actor.params
+        return jax.lax.scan(step, state, jax.random.split(key, steps))[0].actor.params
 
     return learn
 
 
-def from_pairs(case: tuple[str, str, Any, float], sums: Sums, model: Model, start: Any, args: argparse.Namespace) -> Learn:
-    """key -> trained params, for the offline algorithms; half as many pairs a batch, so that answers are as many."""
-    _, stage, settings, cost = case
-    algorithm, tx = OFFLINE[stage](settings), optax.adam(args.learning_rate, b2=0.99)
+def from_pairs(stage: str, run: Any, steps: int, task: Task, model: Model, start: Any) -> Callable[[jax.Array], Any]:
+    """key -> trained params, for the offline algorithms."""
+    algorithm, tx = OFFLINE[stage](getattr(run, stage)), training.make_optimizer(run.optimizer, steps)
     inner = scoring.make_sequence_apply(model)
-
-    def apply(params: Any, frozen: Frozen, batch: Sequences) -> jax.Array:
-        return inner(params, frozen.actor, batch)
-
-    loss, prepare = (functools.partial(f, apply) for f in (algorithm.loss, algorithm.prepare))
+    loss, prepare = (
+        functools.partial(f, lambda params, frozen, batch: inner(params, frozen.actor, batch))
+        for f in (algorithm.loss, algorithm.prepare)
+    )
     update = training.make_offline_update(loss, algorithm.denominators, tx, prepare=prepare)
+    count = task.pairs.chosen.tokens.shape[0]
 
     def step(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
-        return update(state, sums.pairs(key, args.batch_size // 2), Frozen(reference=start))[0], None
+        rows = jax.random.randint(key, (run.batch_size,), 0, count)
+        return update(state, jax.tree.map(lambda x: x[rows], task.pairs), Frozen(reference=start))[0], None
 
     def learn(key: jax.Array) -> Any:
-        state = programs.init_train_state(tx, start)
-        return jax.lax.scan(step, state, jax.random.split(key, int(args.passes / cost)))[0].params
+        return jax.lax.scan(step, programs.init_train_state(tx, start), jax.random.split(key, steps))[0].params
 
     return learn
 
 
-def accuracy(sums: Sums, model: Model) -> Callable[[Any, jax.Array], jax.Array]:
-    sample = sampling.make_sampler(model, config.Sampling(max_new_tokens=ANSWER), stop_ids=(sums.eos,), pad_id=sums.pad)
-    prompts = sums.rows(jnp.arange(len(sums.prompts) - HELD_OUT, len(sums.prompts)))
-    return lambda params, key: sums.right(sample(params, prompts, key)).mean()
+def measure(task: Task, model: Model) -> Callable[[Any, jax.Array], jax.Array]:
+    """(params, key) -> mean score of answers to the held-out prompts, sampled at temperature 1."""
+    settings = config.Sampling(max_new_tokens=task.length)
+    sample = sampling.make_sampler(model, settings, stop_ids=(task.eos,), pad_id=task.pad)
+    prompts = task.ask(task.held_out)
+    return lambda params, key: task.score(sample(params, prompts, key).replace(index=task.held_out)).mean()
 
 
-def fine_tune(args: argparse.Namespace) -> Path:
-    settings = config.SFTRun(
-        out=str(Path(args.out) / "sft"),
-        steps=args.tuning_steps,
-        batch_size=128,
-        model=config.Model(scratch=config.Scratch(width=args.width, layers=2, mlp_width=256, max_length=64)),
-        data=config.Data(task="addition", max_tokens=16),
-        optimizer=config.Optimizer(learning_rate=3e-3, beta2=0.99, eps=1e-8, warmup_steps=20),
-        save=config.Save(every=0),
+def compare(args: argparse.Namespace, out: Path) -> None:
+    started = config_file.load(CONFIGS / f"sft_{args.task}.yaml", [f"out={out / 'sft'}", *args.start], config.SFTRun)
+    path = str(offline.run("sft", started) / "final")
+    task = load_task(args.task)
+    load = functools.partial(
+        build.load,
+        config.Model(path=path),
+        parallel.make_mesh(config.Mesh()),
+        key=jax.random.key(0),
+        real_vocab=TASKS[args.task].tokenizer().vocab_size,
+        path=path,
     )
-    return offline.run("sft", settings) / "final"
+    actor, critic = load(head="lm"), load(head="value", zero_head=True)
+    score, keys = measure(task, actor.model), jax.random.split(jax.random.key(1), args.seeds)
+    for name, (file, changes) in CASES.items():
+        if args.only and name not in args.only:
+            continue
+        stage = config_file.stage_of(CONFIGS / f"{file}.yaml")
+        run: Any = config_file.load(CONFIGS / f"{file}.yaml", [*changes, *args.change], config.STAGES[stage])
+        answers = run.batch_size * (2 if stage in OFFLINE else 1)
+        steps = max(1, round(args.budget / (answers * passes_per_answer(stage, getattr(run, stage)))))
+        more = () if stage in OFFLINE else (critic.params,)
+        learn = (from_pairs if stage in OFFLINE else online)(stage, run, steps, task, actor.model, actor.params, *more)
+
+        @jax.jit
+        def seeds(keys: jax.Array, learn: Any = learn) -> tuple[jax.Array, jax.Array]:
+            before = score(actor.params, keys[0])
+            return before, jax.vmap(lambda key: score(learn(key), jax.random.fold_in(key, 1)))(keys)
+
+        program = seeds.lower(keys).compile()
+        began = time.perf_counter()
+        before, found = jax.device_get(program(keys))
+        row = {"before": float(before), "after": found.tolist(), "steps": steps, "seconds": time.perf_counter() - began}
+        print(args.task, name, row, flush=True)
+        metrics.write_atomic(out / f"{name}.json", json.dumps(row) + "\n")
+
+
+def table(folder: Path) -> str:
+    """What the files below `folder` hold, a column a task."""
+    tasks = [task for task in TASKS if list((folder / task).glob("*.json"))]
+    rows = [["", *tasks], ["---"] * (1 + len(tasks))]
+    for name in ("start", *CASES):
+        cells = []
+        for task in tasks:
+            file = folder / task / f"{'PPO' if name == 'start' else name}.json"
+            found = json.loads(file.read_text()) if file.is_file() else None
+            cells.append("" if found is None else _cell(task, found, start=name == "start"))
+        rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(task: str, found: dict[str, Any], *, start: bool) -> str:
+    shown = (lambda x: f"{100 * x:.1f} %") if task == "addition" else (lambda x: f"{x:.2f}")
+    if start:
+        return shown(found["before"])
+    after = np.asarray(found["after"])
+    return f"{shown(after.mean())} ± {shown(after.std(ddof=1) / len(after) ** 0.5)}, {found['steps']} steps"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/compare")
+    parser.add_argument("--task", choices=sorted(TASKS), default="addition")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--passes", type=float, default=600)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--tuning-steps", type=int, default=1500)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--budget", type=float, default=150_000, help="passes over an answer")
     parser.add_argument("--only", nargs="*", help="rows of the table")
+    parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every algorithm's run file")
+    parser.add_argument("--start", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the fine-tuning's run file")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     args = parser.parse_args()
-    path = str(fine_tune(args))
-    mesh = parallel.make_mesh(config.Mesh())
-    load = functools.partial(
-        build.load, config.Model(path=path), mesh, key=jax.random.key(0), real_vocab=addition.tokenizer().vocab_size, path=path
-    )
-    actor, critic = load(head="lm"), load(head="value", zero_head=True)
-    sums, model = Sums(seed=0), actor.model
-    measure = accuracy(sums, model)
-    keys = jax.random.split(jax.random.key(1), args.seeds)
-    before = float(jax.jit(measure)(actor.params, keys[0]))
-    rows = {"fine-tuned start": {"accuracy": before, "error": 0.0, "steps": 0, "seconds": 0.0}}
-    for case in CASES:
-        name, stage, _, cost = case
-        if args.only and name not in args.only:
-            continue
-        if stage in OFFLINE:
-            learn = from_pairs(case, sums, model, actor.params, args)
-        else:
-            learn = online(case, sums, model, actor.params, critic.params, args)
-        run = jax.jit(jax.vmap(lambda key, learn=learn: measure(learn(key), jax.random.fold_in(key, 1)))).lower(keys).compile()
-        began = time.perf_counter()
-        found = np.asarray(run(keys))
-        seconds, error = (time.perf_counter() - began) / args.seeds, found.std(ddof=min(1, args.seeds - 1)) / args.seeds**0.5
-        rows[name] = {
-            "accuracy": float(found.mean()),
-            "error": float(error),
-            "steps": int(args.passes / cost),
-            "seconds": seconds,
-        }
-        print(name, rows[name], flush=True)
-    lines = ["| algorithm | steps | right answers | seconds per seed |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {row['steps']} | {row['accuracy']:.1%} ± {row['error']:.1%} | {row['seconds']:.0f} |"
-        for name, row in rows.items()
-    ]
-    print("\n".join(lines))
-    metrics.write_atomic(Path(args.out) / "table.md", "\n".join(lines) + "\n")
-    metrics.write_atomic(Path(args.out) / "table.json", json.dumps(rows, indent=1) + "\n")
+    if not args.table:
+        compare(args, Path(args.out) / args.task)
+    print(table(Path(args.out)))
 
 
 if __name__ == "__main__":

@@ -343,6 +343,8 @@ def test_defaults_are_in_range():
         ),
         ("dpo", ["dpo.beta=0", "reward=null"], "unknown key 'reward'"),
         ("dpo", ["dpo.beta=0"], "dpo.beta is 0; it must be above 0"),
+        ("dpo", ["data.task_options={digits: 2}"], "data.task_options belong to an embedded task and data.task is not given"),
+        ("kto", ["batch_size=1"], "batch_size is 1; kto pairs every prompt with another row's answer"),
     ],
 )
 def test_rules_of_the_other_algorithms(stage, overrides, message):

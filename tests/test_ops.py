@@ -125,10 +125,12 @@ def test_aggregation_equals_the_definition(name):
         ("sequence_mean_token_mean", "seq_mean_token_mean"),
     ):
         oracles.close(ops.aggregate(loss, mask, ours), np.nan_to_num(case.ref.get(theirs, 0.0)), what=ours)
-    over_rows = np.nan_to_num(case.ref.get("seq_mean_token_sum_norm", 0.0)) / len(
-        loss
-    )  # theirs is sum / R, ours a mean over rows
-    oracles.close(ops.aggregate(loss, mask, "sequence_mean_token_sum_norm"), over_rows)
+    rows, width = mask.shape
+    found = ops.aggregate(loss, mask, "sequence_mean_token_sum_norm")  # sum / (B R); each peer has another constant
+    constants = {"seq_mean_token_sum_norm": width, "seq_mean_token_sum_norm64": 64, "token_sum_over_batch": rows}
+    constants["seq_mean_token_scale"] = width * max(int(mask.any(1).sum()), 1)
+    for theirs, constant in constants.items():
+        oracles.close(found * rows * width / constant, np.nan_to_num(case.ref.get(theirs, 0.0)), what=theirs)
 
 
 # --- chunked log-probabilities: rules 1 and 2 of "What must be right"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rlhf_jax import config, ops
 from rlhf_jax.algorithms import ppo, update
 from rlhf_jax.algorithms.training import Algorithm, require
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Experience, Metrics, Rollout, RunState, Scored
 
 Scale = Literal["std", "batch_std", "none"]
@@ -28,7 +29,7 @@ STD_EPS = 1e-6  # added to the deviation, as verl and tunix do (TRL: 1e-4, OpenR
 def in_groups(x: jax.Array, group_size: int) -> jax.Array:
     """[B, ...] -> [B / G, G, ...]: rows of one prompt are consecutive. ValueError if G does not divide B."""
     if group_size < 1 or x.shape[0] % group_size:
-        raise ValueError(
+        raise UserError(
             f"group_size is {group_size} and the batch has {x.shape[0]} answers; group_size must divide it: "
             f"make batch_size a multiple of {max(group_size, 1)}"
         )
@@ -123,7 +124,7 @@ def build(
       (logprobs, old_logprobs, advantages, mask, *, clip_low, clip_high, dual_clip) -> token losses f32[B, R], metric sums.
     """
     if settings.adaptive_kl is not None and settings.kl_coef == 0:
-        raise ValueError("kl_coef is 0 and adaptive_kl multiplies it; start above 0, such as 0.05, or remove adaptive_kl")
+        raise UserError("kl_coef is 0 and adaptive_kl multiplies it; start above 0, such as 0.05, or remove adaptive_kl")
     reference = settings.kl_coef > 0
     shared = {field.name for field in dataclasses.fields(config.PPO)} & {field.name for field in dataclasses.fields(settings)}
     own: dict[str, Any] = {

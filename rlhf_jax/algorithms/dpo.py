@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms.training import Offline, require
+from rlhf_jax.algorithms.training import Offline, answer_logprobs, both_sides, require
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Frozen, Metrics, Params, Preferences, Sequences
 
 Loss = Literal["dpo", "conservative", "robust", "ipo", "ipo_sum"]
@@ -62,20 +63,6 @@ def pair_loss(
     raise ValueError(f"dpo.loss {loss!r}: one of {', '.join(Loss.__args__)}")
 
 
-def answer_logprobs(
-    apply: Callable[[Params, Frozen, Sequences], jax.Array], params: Params, frozen: Frozen, sequences: Sequences
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each answer under the policy, and under the reference, f32[B], nats, summed over target tokens.
-
-    `apply(params, frozen, Sequences) -> f32[B, T]`, entry t the log-probability of token t. The reference is `frozen.reference`,
-    or the base under the adapter, `frozen.actor`.
-    """
-    reference = require(frozen.actor if frozen.reference is None else frozen.reference, "Frozen.reference")
-    policy = ops.masked_sum(apply(params, frozen, sequences), sequences.target_mask, 1)
-    fixed = ops.masked_sum(apply(reference, Frozen(), sequences), sequences.target_mask, 1)
-    return policy, jax.lax.stop_gradient(fixed)
-
-
 def denominators(batch: Preferences) -> dict[str, jax.Array]:
     """Pairs of the global batch that have both answers, at least 1."""
     return {"pairs": jnp.maximum(jnp.sum(_usable(batch)), 1).astype(jnp.float32)}
@@ -94,7 +81,7 @@ def loss(
     counts: dict[str, jax.Array],
 ) -> tuple[jax.Array, Metrics]:
     """Mean pair loss of the global batch (this part's share). Both answers go through the model in one forward pass."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    both = both_sides(batch)
     policy, reference = answer_logprobs(apply, params, frozen, both)
     chosen, rejected = jnp.split(policy - reference, 2)
     chosen_tokens, rejected_tokens = jnp.split(jnp.sum(both.target_mask, 1), 2)
@@ -129,13 +116,13 @@ def loss(
 def build(settings: config.DPO) -> Offline:
     """DPO with these settings; what is frozen is a `types.Frozen`."""
     if settings.loss not in Loss.__args__:
-        raise ValueError(f"dpo.loss {settings.loss!r}: one of {', '.join(Loss.__args__)}")
+        raise UserError(f"dpo.loss {settings.loss!r}: one of {', '.join(Loss.__args__)}")
     if settings.beta <= 0:
-        raise ValueError(f"dpo.beta is {settings.beta:g}; it must be above 0, such as 0.1")
+        raise UserError(f"dpo.beta is {settings.beta:g}; it must be above 0, such as 0.1")
     if not 0 <= settings.label_smoothing < 0.5:
-        raise ValueError(f"dpo.label_smoothing is {settings.label_smoothing:g}; it must be at least 0 and below 0.5")
+        raise UserError(f"dpo.label_smoothing is {settings.label_smoothing:g}; it must be at least 0 and below 0.5")
     if settings.label_smoothing and settings.loss not in ("conservative", "robust"):
-        raise ValueError(
+        raise UserError(
             f"dpo.label_smoothing is {settings.label_smoothing:g} and dpo.loss {settings.loss} does not read it; "
             "remove it, or choose loss conservative or robust"
         )

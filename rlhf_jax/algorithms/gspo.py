@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms import critic_free, ppo
+from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.algorithms.training import Algorithm
 from rlhf_jax.types import Metrics
 
@@ -48,13 +48,5 @@ def policy_loss(
 
 
 def build(settings: config.GSPO) -> Algorithm:
-    """GSPO with these settings."""
-    size, scale = settings.group_size, settings.advantage_scale
-    return critic_free.build(
-        settings,
-        lambda answers: critic_free.group_advantages(answers.scores, size, scale=scale),
-        group_size=size,
-        kl_in="loss",
-        keep=(lambda answers: critic_free.informative(answers.scores, size)) if settings.drop_uninformative else None,
-        surrogate=policy_loss,
-    )
+    """GRPO with these settings and the ratio of whole answers."""
+    return grpo.build(settings, surrogate=policy_loss)

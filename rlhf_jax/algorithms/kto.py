@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms.training import Offline, require, split_rows
+from rlhf_jax.algorithms.training import Offline, answer_logprobs, both_sides, require, split_rows
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Frozen, Metrics, Params, Preferences, Pytree, Sequences
 
 Apply = Callable[[Params, Frozen, Sequences], jax.Array]  # -> f32[B, T], log-probability of token t, nats
@@ -86,22 +87,21 @@ def labelled(batch: Preferences | Labelled) -> Labelled:
     """A pair is one desirable and one undesirable answer: all chosen rows, then all rejected ones."""
     if isinstance(batch, Labelled):
         return batch
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+    both = both_sides(batch)
     return Labelled(sequences=both, desirable=jnp.arange(both.tokens.shape[0]) < batch.chosen.tokens.shape[0])
 
 
 def answer_log_ratio(apply: Apply, params: Params, frozen: Frozen, sequences: Sequences) -> jax.Array:
-    """log pi - log ref of each answer, f32[B], nats; the reference is `frozen.reference`, or the base under the adapter."""
-    reference = require(frozen.actor if frozen.reference is None else frozen.reference, "Frozen.reference")
-    difference = apply(params, frozen, sequences) - jax.lax.stop_gradient(apply(reference, Frozen(), sequences))
-    return ops.masked_sum(difference, sequences.target_mask, 1)
+    """log pi - log ref of each answer, f32[B], nats; see `training.answer_logprobs`."""
+    policy, reference = answer_logprobs(apply, params, frozen, sequences)
+    return policy - reference
 
 
 def prepare(apply: Apply, params: Params, frozen: Frozen, batch: Preferences | Labelled, micro_batches: int = 1) -> Labelled:
     """The batch with its reference point z, which must be that of the whole batch: made before it is split, part by part."""
     prompts = batch.desirable if isinstance(batch, Labelled) else batch.chosen.tokens
     if prompts.shape[0] < 2:
-        raise ValueError("batch_size is 1: KTO pairs every prompt with another row's answer; make batch_size at least 2")
+        raise UserError("batch_size is 1: KTO pairs every prompt with another row's answer; make batch_size at least 2")
     batch = labelled(batch)
     parts = split_rows(mismatched(batch.sequences), micro_batches)
     log_ratio = jax.lax.map(lambda part: answer_log_ratio(apply, jax.lax.stop_gradient(params), frozen, part), parts)
@@ -145,5 +145,5 @@ def loss(
 def build(settings: config.KTO) -> Offline:
     """KTO with these settings, on preference pairs or labelled answers; what is frozen is a `types.Frozen`."""
     if settings.beta <= 0:
-        raise ValueError(f"kto.beta is {settings.beta:g}; it must be above 0, such as 0.1")
+        raise UserError(f"kto.beta is {settings.beta:g}; it must be above 0, such as 0.1")
     return Offline(loss=functools.partial(loss, settings), denominators=denominators, prepare=prepare)

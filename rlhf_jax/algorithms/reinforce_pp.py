@@ -15,6 +15,7 @@ from rlhf_jax import config, ops
 from rlhf_jax.algorithms import critic_free, ppo
 from rlhf_jax.algorithms.critic_free import Answers
 from rlhf_jax.algorithms.training import Algorithm
+from rlhf_jax.errors import UserError
 
 
 def returns_to_go(rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0) -> jax.Array:
@@ -46,7 +47,7 @@ def normalised_returns(
 def build(settings: config.ReinforcePP) -> Algorithm:
     """REINFORCE++ with these settings."""
     if settings.baseline == "group" and settings.group_size < 2:
-        raise ValueError(
+        raise UserError(
             f"baseline is group and group_size is {settings.group_size}: the mean of one answer is that answer, so nothing would "
             "be learned; make group_size at least 2, or baseline batch"
         )

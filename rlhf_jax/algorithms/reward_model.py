@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms.training import Offline
+from rlhf_jax.algorithms.training import Offline, both_sides
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Calibration, Metrics, Params, Preferences
 
@@ -95,8 +95,7 @@ def loss(
 
     `apply(params, frozen, Sequences) -> f32[2B, T]`, a score for every token.
     """
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
-    chosen_scores, rejected_scores = jnp.split(apply(params, frozen, both).astype(jnp.float32), 2)
+    chosen_scores, rejected_scores = jnp.split(apply(params, frozen, both_sides(batch)).astype(jnp.float32), 2)
     chosen = last_score(chosen_scores, batch.chosen.mask)
     rejected = last_score(rejected_scores, batch.rejected.mask)
     if settings.loss == "bradley_terry":

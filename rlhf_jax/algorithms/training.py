@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import config
+from rlhf_jax import config, ops
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Experience, Metrics, Params, RunState, TrainState
+from rlhf_jax.types import Experience, Frozen, Metrics, Params, Preferences, RunState, Sequences, TrainState
 
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 T = TypeVar("T")
@@ -90,6 +90,25 @@ def require(value: T | None, what: str) -> T:
 def share(sums: Metrics, count: jax.Array) -> Metrics:
     """Divide metric sums by the global count; maxima ("_max") and metrics with axes stay as they are."""
     return {key: value if key.endswith("_max") or value.ndim else value / count for key, value in sums.items()}
+
+
+def both_sides(batch: Preferences) -> Sequences:
+    """The chosen answers of a batch, then the rejected ones, as 2B rows: one forward pass for both."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch.chosen, batch.rejected)
+
+
+def answer_logprobs(
+    apply: Callable[[Params, Frozen, Sequences], jax.Array], params: Params, frozen: Frozen, sequences: Sequences
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each answer under the policy, and under the reference, f32[B], nats, summed over target tokens.
+
+    `apply(params, frozen, Sequences) -> f32[B, T]`, entry t the log-probability of token t. The reference is `frozen.reference`,
+    or the base under the adapter, `frozen.actor`; it has no gradient.
+    """
+    reference = require(frozen.actor if frozen.reference is None else frozen.reference, "Frozen.reference")
+    policy = ops.masked_sum(apply(params, frozen, sequences), sequences.target_mask, 1)
+    fixed = ops.masked_sum(apply(reference, Frozen(), sequences), sequences.target_mask, 1)
+    return policy, jax.lax.stop_gradient(fixed)
 
 
 def split_rows(batch: Any, parts: int) -> Any:

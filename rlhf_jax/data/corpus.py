@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.config import Data, Model
-from rlhf_jax.data.formats import Purpose, Text, detect, normalise, rename
+from rlhf_jax.data.formats import Purpose, Text, detect, normalise, prepare
 from rlhf_jax.data.sources import BadRow, Source
 from rlhf_jax.data.table import open_sources
 from rlhf_jax.data.tokenizer import TEMPLATE, load_tokenizer, read_template, train_bpe
@@ -25,7 +25,7 @@ def corpus(data: Data, purpose: Purpose, *, seed: int = 0) -> Iterator[str]:
 
 def _texts(source: Source, number: int, data: Data, purpose: Purpose) -> list[str]:
     try:
-        row = rename(source.row(number), data.columns, source.name)
+        row = prepare(source.row(number), data, source.name)
         found = normalise(row, purpose, detect(row, purpose, source.name), source.name)
     except BadRow:
         return []  # the scan that follows reports it, or skips it

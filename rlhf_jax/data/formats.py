@@ -8,11 +8,14 @@ A string is used as it stands; a list of messages goes through the tokenizer's c
     question, answer              SFT and prompts, written "Question: …\\nAnswer:" + " …" (GSM8K)
     prompt, chosen, rejected      preferences; SFT on chosen; prompts
     chosen, rejected              the same, the prompt being the transcript up to the last "\\n\\nAssistant:" they share (hh-rlhf)
+
+With `data.chat` strings become messages first (`as_messages`).
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf_jax.config import Data
 from rlhf_jax.data.sources import BadRow
 
 Purpose = Literal["sft", "prompts", "preferences"]
@@ -54,6 +57,12 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+def prepare(row: dict[str, Any], data: Data, where: str = "row") -> dict[str, Any]:
+    """A row of a file as the formats below name its columns: `data.columns`, then `data.chat`."""
+    row = rename(row, data.columns, where)
+    return as_messages(row, where) if data.chat else row
+
+
 def rename(row: dict[str, Any], columns: dict[str, str], where: str = "row") -> dict[str, Any]:
     """Apply `data.columns` (ours: theirs). A renamed column replaces one that already had our name."""
     missing = {ours: theirs for ours, theirs in columns.items() if theirs not in row}
@@ -67,13 +76,39 @@ def rename(row: dict[str, Any], columns: dict[str, str], where: str = "row") -> 
     return {key: value for key, value in row.items() if key not in taken} | {o: row[t] for o, t in columns.items()}
 
 
+def as_messages(row: dict[str, Any], where: str = "row") -> dict[str, Any]:
+    """`data.chat`: a prompt (or question) that is a string as the user's message, its answers as the assistant's.
+
+    The `answer` of a question stays as it is beside them, for rewards. What is a list of messages already is kept.
+    Errors: `BadRow` for a row whose question does not stand apart from its answer.
+    """
+    if "messages" in row:
+        return row
+    asked = next((name for name in ("prompt", "question") if name in row), None)
+    if asked is None:
+        raise BadRow(
+            f"{where}: data.chat is true and there is no column prompt, question or messages; found {_names(row)}. "
+            "Name one with data.columns, or set data.chat=false"
+        )
+    answers = {"completion": "completion", "chosen": "chosen", "rejected": "rejected"}
+    if asked == "question":
+        answers |= {"answer": "completion"}
+    made = {new: _turn("assistant", row[old]) for old, new in answers.items() if old in row}
+    kept = {name: value for name, value in row.items() if name != "question"}
+    return kept | {"prompt": _turn("user", row[asked])} | made
+
+
+def _turn(role: str, value: Any) -> Any:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
 def detect(row: dict[str, Any], purpose: Purpose, where: str = "row") -> str:
     """The format whose columns a (renamed) row has. Errors: `BadRow` with the columns found and needed."""
     for name, needed in FORMATS[purpose]:
         if all(column in row for column in needed):
             return name
     wanted = " | ".join("+".join(needed) for _, needed in FORMATS[purpose])
-    first = FORMATS[purpose][0][1][0]
+    first = next(column for column in FORMATS[purpose][0][1] if column not in row)
     guess = next((key for key, value in row.items() if isinstance(value, str | list)), "your_column")
     raise BadRow(
         f"{where}: columns {_names(row)} fit no format of {purpose}; needed: {wanted}. "

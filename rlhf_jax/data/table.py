@@ -6,6 +6,7 @@ when a batch wants them.
 
 import array
 import hashlib
+import inspect
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 
 from rlhf_jax.config import Data
 from rlhf_jax.data.encode import TokenSequence, encode
-from rlhf_jax.data.formats import Purpose, Row, detect, normalise, rename, render_plain
+from rlhf_jax.data.formats import Purpose, Row, detect, normalise, prepare, render_plain
 from rlhf_jax.data.sources import BadRow, Source, memory_source, open_source
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
@@ -43,7 +44,7 @@ class Table:
     def row(self, example: int) -> Row:
         """The row in our terms, read from the source."""
         number = int(self.numbers[example])
-        return _read(self.source, number, self.purpose, self.form, self.data.columns)
+        return _read(self.source, number, self.purpose, self.form, self.data)
 
     def example(self, example: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Tokens i32[T] and trained bool[T] of each sequence of an example."""
@@ -61,7 +62,7 @@ class Table:
 
     def digest(self) -> str:
         """Identifies rows, tokens and split: content of the file, tokenizer, every data key that matters."""
-        keys = ("columns", "max_prompt_tokens", "max_tokens", "long_prompts", "on_bad_rows", "eval_fraction", "limit")
+        keys = ("columns", "chat", "max_prompt_tokens", "max_tokens", "long_prompts", "on_bad_rows", "eval_fraction", "limit")
         parts = [
             self.source.digest,
             self.tokenizer.hash,
@@ -81,13 +82,24 @@ def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Sourc
         found = " and ".join(f"data.{key}" for key in given) or "none"
         raise UserError(f"give exactly one of data.path, data.sources, data.task; found {found}")
     if data.task is not None:
-        from rlhf_jax.data.tasks import TASKS
-
-        rows = TASKS[data.task].rows(purpose, seed)
+        rows = _task_rows(data.task, data.task_options, purpose, seed)
         return [memory_source(rows[: data.limit], f"task {data.task}")], [1.0]
     if data.path is not None:
         return [open_source(data.path, limit=data.limit)], [1.0]
     return [open_source(source.path, limit=data.limit) for source in data.sources], [source.weight for source in data.sources]
+
+
+def _task_rows(name: str, options: dict[str, Any], purpose: Purpose, seed: int) -> list[dict[str, Any]]:
+    from rlhf_jax.data.tasks import TASKS
+
+    taken = {key: p for key, p in inspect.signature(TASKS[name].rows).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for key, value in options.items():
+        if key not in taken:
+            raise UserError(f"data.task_options: {name} takes no option {key!r}; it takes: {', '.join(taken) or 'none'}")
+        kind = type(taken[key].default)
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind) or value < 0:
+            raise UserError(f"data.task_options.{key} is {value!r}; {name} takes {kind.__name__}s of at least 0 there")
+    return TASKS[name].rows(purpose, seed, **options)
 
 
 class _Cache:
@@ -123,7 +135,7 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
         counts["rows"] += 1
         try:
             form = form or _form(source, number, purpose, data)
-            row = _read(source, number, purpose, form, data.columns)
+            row = _read(source, number, purpose, form, data)
             found = encode(row, purpose, tokenizer, data, source.name)
         except UserError as error:
             if data.on_bad_rows == "error" or not isinstance(error, BadRow):
@@ -167,6 +179,8 @@ def _loosen(counts: Counter) -> str:
     worst = max((key for key in counts if key not in ("rows", "kept")), key=lambda key: counts[key], default="path")
     if "longer than" in worst:
         return "max_prompt_tokens or data.max_tokens, or set data.long_prompts=truncate_left"
+    if "equals" in worst:
+        return "columns: a pair needs two different answers" + (" within data.max_tokens" if "truncation" in worst else "")
     return "on_bad_rows=error to see the first bad row" if "skipped" in worst else "path (another file) or data.columns"
 
 
@@ -178,11 +192,11 @@ def _located(message: str, source: Source, number: int) -> str:
 
 
 def _form(source: Source, number: int, purpose: Purpose, data: Data) -> str:
-    return detect(rename(source.row(number), data.columns, source.name), purpose, source.name)
+    return detect(prepare(source.row(number), data, source.name), purpose, source.name)
 
 
-def _read(source: Source, number: int, purpose: Purpose, form: str, columns: dict[str, str]) -> Row:
-    return normalise(rename(source.row(number), columns, source.name), purpose, form, source.name)
+def _read(source: Source, number: int, purpose: Purpose, form: str, data: Data) -> Row:
+    return normalise(prepare(source.row(number), data, source.name), purpose, form, source.name)
 
 
 def _split_key(row: Row) -> int:

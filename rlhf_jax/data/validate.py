@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import Data, PPORun, RewardRun, Run, SFTRun
+from rlhf_jax.config import OFFLINE, STAGES, Data, OnlineRun, Run, SFTRun
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
@@ -27,13 +27,14 @@ class Report(NamedTuple):
 
 def validate(run: Run) -> Report:
     """Read the data of a run as its stage would. Errors: those that the stage would raise, before any model is loaded."""
-    purposes: dict[type[Run], Purpose] = {SFTRun: "sft", RewardRun: "preferences", PPORun: "prompts"}
+    purposes: dict[type[Run], Purpose] = dict.fromkeys(STAGES.values(), "prompts")
+    purposes |= {STAGES[stage]: "preferences" for stage in OFFLINE} | {SFTRun: "sft"}
     purpose = purposes.get(type(run))
     if purpose is None:
-        raise UserError(f"the data of a {type(run).__name__} cannot be checked; give the run file of sft, reward or ppo")
+        raise UserError(f"the data of a {type(run).__name__} cannot be checked; give the run file of one of {', '.join(STAGES)}")
     tokenizer = run_tokenizer(run.model, run.data, purpose, seed=run.seed)
     jobs: list[tuple[Data, Purpose]] = [(run.data, purpose)]
-    if isinstance(run, PPORun) and run.ptx_data is not None:
+    if isinstance(run, OnlineRun) and run.ptx_data is not None:
         jobs.append((run.ptx_data, "sft"))
     blocks, records = [], []
     for data, kind in jobs:

@@ -80,6 +80,8 @@ def test_gradients_of_the_summed_log_probabilities(case):
     policy = [jnp.asarray(known.inputs[f"policy_{side}_logps"]) for side in ("chosen", "rejected")]
     for got, side in zip(jax.grad(mean, argnums=(0, 1))(*policy), ("chosen", "rejected"), strict=True):
         oracles.close(got, known.ref[f"grad_{side}_logps_sigmoid"], rtol=1e-5, what=side)
+    for ours, theirs, side in zip(policy, reference, ("chosen", "rejected"), strict=True):
+        oracles.close(known.meta["beta"] * (ours - theirs), known.ref[f"{side}_rewards"], rtol=1e-5, what=side)
 
 
 def loss_of(delta, **keys):

@@ -39,19 +39,30 @@ def test_advantages_equal_the_definition(case, scale, eps, name):
     oracles.close(got, known.ref[f"seq_{name}"], rtol=1e-5, what=case)
 
 
-@pytest.mark.parametrize("case", GROUPED)
-def test_every_action_of_an_answer_has_its_advantage(case):
+@pytest.mark.parametrize("case", [*GROUPED, "g4_shuffled"])
+@pytest.mark.parametrize(
+    ("scale", "names"),
+    [("std", ("grpo_std_eps1e6", "grpo_std_eps1e6_vec")), ("none", ("grpo_nostd", "grpo_nostd_vec", "o_dr_grpo"))],
+)
+def test_every_action_of_an_answer_has_its_advantage(case, scale, names):
     known = oracles.load("group_advantages")[case]
-    algorithm = grpo.build(config.GRPO(group_size=known.meta["group_size"], kl_coef=0.0))
-    experience, _ = synthetic_answers.experience(algorithm, known.inputs["rewards"], known.inputs["response_mask"])
-    oracles.close(experience.advantages, known.ref["grpo_std_eps1e6"], rtol=1e-5, what=case)
+    order = np.argsort(known.inputs["index"], kind="stable")  # a group's rows are consecutive here
+    algorithm = grpo.build(config.GRPO(group_size=known.meta["group_size"], kl_coef=0.0, advantage_scale=scale))
+    experience, _ = synthetic_answers.experience(algorithm, known.inputs["rewards"][order], known.inputs["response_mask"][order])
+    found = names if case != "g4_shuffled" else names[:2]
+    for name in found:
+        oracles.close(experience.advantages, known.ref[name][order], rtol=1e-5, what=f"{case} {name}")
+    if scale == "std" and case != "g4_shuffled":  # OpenRLHF's epsilon
+        got = advantages(known.inputs["rewards"], known.meta["group_size"], eps=1e-9)[:, None] * known.inputs["response_mask"]
+        oracles.close(got, known.ref["o_group_norm"], rtol=1e-5, what=case)
 
 
 @pytest.mark.parametrize("case", oracles.names("grpo_constant_group"))
 @pytest.mark.parametrize("scale", ["std", "batch_std", "none"])
 def test_a_group_of_equal_scores_is_exactly_zero(case, scale):
-    scores = oracles.load("grpo_constant_group")[case].inputs["rewards"]
-    np.testing.assert_array_equal(advantages(scores, len(scores), scale=scale), 0.0)
+    known = oracles.load("grpo_constant_group")[case]
+    scores = known.inputs["rewards"]
+    np.testing.assert_array_equal(advantages(scores, len(scores), scale=scale), known.ref["advantage"])
 
 
 @pytest.mark.parametrize("value", [0.3, 0.7, 1e-3, -1.1, 1000.1, 1e7])

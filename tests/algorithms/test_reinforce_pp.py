@@ -31,6 +31,7 @@ def test_returns_and_advantages_equal_the_definitions(case):
     if case not in ("g4_const", "g4_shuffled"):  # the peer divides 0 by 0 in the one and does not know the other
         got = made(known, gamma=gamma, whiten_advantages="population")
         oracles.close(got, known.ref["o_reinforce"], rtol=1e-5, atol=atol, what=case)
+        oracles.close(made(known, gamma=gamma, whiten_advantages="none"), known.ref["o_reinforce_returns"], rtol=1e-6, what=case)
 
 
 @pytest.mark.parametrize("case", GROUPED)

@@ -20,6 +20,8 @@ def test_advantages_equal_the_definition(case):
         algorithm, known.inputs["rewards"], known.inputs["response_mask"], greedy_score=known.inputs["reward_baselines"]
     )
     oracles.close(experience.advantages, known.ref["remax"], rtol=1e-5, what=case)
+    baseline = known.inputs["reward_baselines"][:, None] * known.inputs["response_mask"]
+    oracles.close(experience.advantages + baseline, known.ref["remax_returns"], rtol=1e-5, what=case)
 
 
 def test_the_kl_of_the_tokens_that_follow_is_in_the_advantage():

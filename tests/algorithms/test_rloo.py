@@ -37,6 +37,7 @@ def test_the_kl_of_the_whole_answer_is_part_of_its_reward(case):
         experience, _ = synthetic_answers.experience(algorithm, known.inputs["rewards"], mask, kl_coef=beta, **scored)
         want = known.ref[name][:, None] * mask if beta else known.ref[name]
         oracles.close(experience.advantages, want, rtol=rtol, what=name)
+    oracles.close(experience.advantages, known.ref["o_rloo"], rtol=1e-5, what=case)
 
 
 @pytest.mark.parametrize("case", oracles.names("grpo_constant_group"))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf_jax.data.formats import Row, detect, normalise, rename, render_plain
+from rlhf_jax.config import Data
+from rlhf_jax.data.formats import Row, detect, normalise, prepare, rename, render_plain
 from rlhf_jax.data.sources import BadRow
 
 
@@ -131,3 +132,22 @@ def test_a_later_row_without_a_column_is_named():
 
 def test_render_plain():
     assert render_plain([USER, BOT]) == "user: hi\nassistant: hello"
+
+
+def test_strings_become_messages_where_the_chat_template_is_wanted():
+    asked, answered = ([{"role": role, "content": text}] for role, text in (("user", "2+2?"), ("assistant", "4")))
+    chat = Data(chat=True)
+    row = prepare({"question": "2+2?", "answer": "4"}, chat)
+    assert normalise(row, "sft", detect(row, "sft")) == Row(prompt=asked, chosen=answered)
+    prompt = normalise(row, "prompts", detect(row, "prompts"))
+    assert (prompt.prompt, prompt.columns["answer"]) == (asked, "4")  # for the reward
+    row = prepare(
+        {"ask": "2+2?", "chosen": "4", "rejected": [{"role": "assistant", "content": "5"}]},
+        Data(chat=True, columns={"prompt": "ask"}),
+    )
+    pair = normalise(row, "preferences", detect(row, "preferences"))
+    assert (pair.prompt, pair.chosen, pair.rejected[0]["content"]) == (asked, answered, "5")
+    assert prepare({"messages": asked}, chat) == {"messages": asked}
+    assert prepare({"question": "2+2?"}, Data()) == {"question": "2+2?"}
+    with pytest.raises(BadRow, match=r"data.chat is true and there is no column prompt, question or messages; found chosen"):
+        prepare({"chosen": "\n\nHuman: a\n\nAssistant: b"}, chat)

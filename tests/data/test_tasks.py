@@ -5,7 +5,10 @@ import time
 import numpy as np
 import pytest
 
+from rlhf_jax.config import Data
+from rlhf_jax.data.table import open_sources
 from rlhf_jax.data.tasks import TASKS, addition, reviews
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import RewardInput
 
 
@@ -81,6 +84,20 @@ def test_addition():
     assert max(len(row["prompt"]) for row in hard) == len("1234+1234=")
     batch = RewardInput(["12+34=", "12+34=", "12+34=", "9+1="], ["46", "46", "45", " 10 "], [True, False, True, True], {})
     assert addition.reward(batch).tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_options_of_a_task_are_taken_or_refused():
+    sources, _ = open_sources(Data(task="addition", task_options={"digits": 3, "count": 50}), purpose="prompts", seed=1)
+    assert sources[0].rows == 50
+    assert any(len(sources[0].row(n)["prompt"]) == len("123+123=") for n in range(50))
+    for task, options, message in (
+        ("addition", {"digit": 3}, "addition takes no option 'digit'; it takes: digits, mistakes, count"),
+        ("reviews", {"digits": 3}, "reviews takes no option 'digits'; it takes: none"),
+        ("addition", {"digits": "two"}, "data.task_options.digits is 'two'; addition takes ints of at least 0"),
+        ("addition", {"mistakes": -1}, "data.task_options.mistakes is -1; addition takes floats of at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_sources(Data(task=task, task_options=options), purpose="sft", seed=0)
 
 
 def eval_sum(prompt: str) -> int:

@@ -10,7 +10,7 @@ from rlhf_jax.types import RewardFn
 
 class Task(NamedTuple):
     tokenizer: Callable[[], Tokenizer]
-    rows: Callable[[str, int], list[dict[str, Any]]]  # (purpose, seed) -> rows as a data file would hold them
+    rows: Callable[..., list[dict[str, Any]]]  # (purpose, seed, *, options) -> rows as a data file would hold them
     reward: RewardFn  # what is wanted in truth: logged as gold, or trained on where it can be verified
 
 
