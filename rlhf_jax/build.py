@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rlhf_jax import config, models, parallel, programs
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
 from rlhf_jax.data.corpus import run_tokenizer
+from rlhf_jax.data.table import purpose_of
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
@@ -58,8 +59,7 @@ def root_key(run: config.Run, purpose: str) -> jax.Array:
 
 def tokenizer_for(stage: str, run: config.Run) -> Tokenizer:
     """The tokenizer of a run. The same data trains the same one, so a continued run makes it again."""
-    purpose = "sft" if stage == "sft" else "preferences" if stage in config.OFFLINE else "prompts"
-    return run_tokenizer(run.model, run.data, purpose, seed=run.seed)
+    return run_tokenizer(run.model, run.data, purpose_of(stage, run.data), seed=run.seed)
 
 
 # ---------------------------------------------------------------------------------------------------- models

@@ -20,7 +20,7 @@ from rlhf_jax import build, health, parallel, scoring, setups
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.session import Session, open_session
 from rlhf_jax.setups import OfflineSetup
-from rlhf_jax.types import Calibration, OfflineState, Params, Preferences, Sequences
+from rlhf_jax.types import Calibration, Labelled, OfflineState, Params, Preferences, Sequences
 
 
 class Pending(NamedTuple):
@@ -28,7 +28,7 @@ class Pending(NamedTuple):
 
     step: int
     metrics: dict[str, jax.Array]
-    batch: Sequences | Preferences
+    batch: Sequences | Preferences | Labelled
     began: float
 
 
@@ -130,8 +130,10 @@ def _evaluate(setup: OfflineSetup, state: OfflineState, batch: Any) -> dict[str,
     return setup.evaluate(state.trained.params, setup.frozen, setup.place(batch))
 
 
-def _masks(batch: Sequences | Preferences) -> list[jax.Array]:
-    return [batch.mask] if isinstance(batch, Sequences) else [batch.chosen.mask, batch.rejected.mask]
+def _masks(batch: Sequences | Preferences | Labelled) -> list[jax.Array]:
+    if isinstance(batch, Preferences):
+        return [batch.chosen.mask, batch.rejected.mask]
+    return [batch.sequences.mask if isinstance(batch, Labelled) else batch.mask]
 
 
 def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Calibration:

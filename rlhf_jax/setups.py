@@ -18,8 +18,17 @@ from jax.sharding import Mesh
 from rlhf_jax import build, checks, config, models, parallel, programs
 from rlhf_jax.algorithms import training
 from rlhf_jax.build import Loaded
-from rlhf_jax.data.batches import PreferenceData, PromptData, SFTData, make_preference_data, make_prompt_data, make_sft_data
-from rlhf_jax.data.table import describe
+from rlhf_jax.data.batches import (
+    LabelledData,
+    PreferenceData,
+    PromptData,
+    SFTData,
+    make_labelled_data,
+    make_preference_data,
+    make_prompt_data,
+    make_sft_data,
+)
+from rlhf_jax.data.table import describe, purpose_of
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
@@ -280,7 +289,7 @@ class OfflinePlan:
     settings: Any
     mesh: Mesh
     tokenizer: Tokenizer
-    data: SFTData | PreferenceData
+    data: SFTData | PreferenceData | LabelledData
 
     @property
     def notes(self) -> list[str]:
@@ -337,7 +346,8 @@ def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     mesh = parallel.make_mesh(settings.mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     tokenizer = build.tokenizer_for(stage, settings)
-    make: Callable[..., Any] = make_sft_data if stage == "sft" else make_preference_data
+    makers: dict[str, Callable[..., Any]] = {"sft": make_sft_data, "labels": make_labelled_data}
+    make = makers.get(purpose_of(stage, settings.data), make_preference_data)
     build.offline_algorithm(stage, settings)  # settings that contradict each other are told before anything is read
     data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     return OfflinePlan(stage, settings, mesh, tokenizer, data)

@@ -96,6 +96,14 @@ class Preferences(Pytree):
     margin: jax.Array | None = None  # f32[B], reward units: how much better the chosen answer is
 
 
+class Labelled(Pytree):
+    """Single answers marked good or bad."""
+
+    sequences: Sequences
+    desirable: jax.Array  # bool[B]
+    reference_point: jax.Array | None = None  # f32[B], nats, KTO's z of the whole batch, the same in every row
+
+
 class TrainState(Pytree):
     """One trained model."""
 

@@ -88,6 +88,19 @@ def test_every_file_runs(name, starts, tmp_path):
     assert (tmp_path / "final/model.safetensors").is_file()
 
 
+def test_kto_learns_from_single_answers_too(starts, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    answers = [("it was nice .", True), ("it was dull .", False)]
+    lines = [{"prompt": "the hotel :", "completion": text, "label": good} for text, good in answers] * 80
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = (f"model.path={starts / 'reviews/final'}", "data.task=null", f"data.path={path}", "steps=4")
+    rows = run("kto_reviews", tmp_path / "run", *changes)
+    trained = [row for row in rows if "kto/loss" in row]
+    assert trained[0]["kto/desirable_reward"] == trained[0]["kto/undesirable_reward"] == 0.0
+    assert trained[-1]["kto/desirable_reward"] > 0 > trained[-1]["kto/undesirable_reward"]
+    assert [row["step"] for row in rows if "kto/eval_loss" in row] == [0, 4]
+
+
 # GSM8K: data, chat template, answer check, training
 
 

@@ -18,17 +18,9 @@ import jax.numpy as jnp
 from rlhf_jax import config, ops
 from rlhf_jax.algorithms.training import Offline, answer_logprobs, both_sides, require, split_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Frozen, Metrics, Params, Preferences, Pytree, Sequences
+from rlhf_jax.types import Frozen, Labelled, Metrics, Params, Preferences, Sequences
 
 Apply = Callable[[Params, Frozen, Sequences], jax.Array]  # -> f32[B, T], log-probability of token t, nats
-
-
-class Labelled(Pytree):
-    """Answers marked good or bad, what the loss takes."""
-
-    sequences: Sequences
-    desirable: jax.Array  # bool[B]
-    reference_point: jax.Array | None = None  # f32[B], nats, z of the whole batch, the same in every row
 
 
 def reference_point(log_ratio: jax.Array) -> jax.Array:

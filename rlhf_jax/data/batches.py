@@ -168,6 +168,43 @@ class PreferenceData:
 
 
 @dataclass(frozen=True)
+class LabelledData:
+    """Single answers marked good or bad (KTO)."""
+
+    answers: SFTData
+
+    @property
+    def tables(self) -> Tables:
+        return self.answers.tables
+
+    @property
+    def eval_rows(self) -> int:
+        return self.answers.eval_rows
+
+    def batch(self, step: int, *, rows: slice | None = None) -> types.Labelled:
+        """The training batch of a step."""
+        return self._labelled(self.tables.train_index(step)[rows or slice(None)])
+
+    def eval_batch(self, number: int) -> tuple[types.Labelled, np.ndarray]:
+        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
+        index, valid = _eval_slice(self.tables, number)
+        return self._labelled(np.where(valid, index, -1)), valid
+
+    def fingerprint(self) -> str:
+        return self.tables.fingerprint()
+
+    def _labelled(self, index: np.ndarray) -> types.Labelled:
+        desirable: Any = np.zeros(len(index), bool)
+        for row, number in enumerate(index):
+            if number >= 0:
+                table, example = self.tables.locate(int(number))
+                desirable[row] = table.desirable(example)
+        return types.Labelled(
+            sequences=self.answers._rows([[] if number < 0 else [number] for number in index]), desirable=desirable
+        )
+
+
+@dataclass(frozen=True)
 class PromptData:
     """Prompts for the actor, and what rewards need to know about them."""
 
@@ -286,3 +323,12 @@ def make_prompt_data(
     tables = make_tables(data, tokenizer, "prompts", seed=seed, batch_size=batch_size, rows=rows)
     _require_batch(tables, sum(len(table.train) for table in tables.tables), "prompts")
     return PromptData(tables, tables.longest(data.max_prompt_tokens))
+
+
+def make_labelled_data(
+    data: Data, tokenizer: Tokenizer, *, seed: int, batch_size: int, rows: Sequence[dict[str, Any]] | None = None
+) -> LabelledData:
+    """Answers marked good or bad, of a configuration."""
+    tables = make_tables(data, tokenizer, "labels", seed=seed, batch_size=batch_size, rows=rows)
+    _require_batch(tables, sum(len(table.train) for table in tables.tables), "answers")
+    return LabelledData(SFTData(tables, tables.longest(data.max_tokens), None, 0.0))

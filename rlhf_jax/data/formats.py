@@ -6,19 +6,21 @@ A string is used as it stands; a list of messages goes through the tokenizer's c
     messages                      SFT: assistant messages are trained; prompts: everything before a last assistant message
     prompt, completion            SFT; prompts
     question, answer              SFT and prompts, written "Question: …\\nAnswer:" + " …" (GSM8K)
+    prompt, completion, label     KTO: the completion is good (true) or bad (false)
     prompt, chosen, rejected      preferences; SFT on chosen; prompts
     chosen, rejected              the same, the prompt being the transcript up to the last "\\n\\nAssistant:" they share (hh-rlhf)
 
 With `data.chat` strings become messages first (`as_messages`).
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_jax.config import Data
 from rlhf_jax.data.sources import BadRow
 
-Purpose = Literal["sft", "prompts", "preferences"]
+Purpose = Literal["sft", "prompts", "preferences", "labels"]
 Message = dict[str, str]
 Text = str | list[Message]
 
@@ -41,6 +43,7 @@ FORMATS: dict[Purpose, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("question", ("question",)),
     ),
     "preferences": (("explicit", ("prompt", "chosen", "rejected")), ("implicit", ("chosen", "rejected"))),
+    "labels": (("labelled", ("prompt", "completion", "label")),),
 }
 
 
@@ -54,6 +57,7 @@ class Row:
     chosen_finished: bool = True  # False: a sampled answer that was cut off, and gets no end-of-sequence
     rejected_finished: bool = True
     margin: float | None = None
+    desirable: bool = True  # of a labelled answer: good or bad
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,7 +125,7 @@ def normalise(row: dict[str, Any], purpose: Purpose, form: str, where: str = "ro
 
     Errors: `BadRow` for a missing column, a null, a wrong type, malformed messages.
     """
-    reader = {"sft": _sft, "prompts": _prompt, "preferences": _preference}[purpose]
+    reader = {"sft": _sft, "prompts": _prompt, "preferences": _preference, "labels": _label}[purpose]
     return reader(row, form, where)
 
 
@@ -166,6 +170,12 @@ def _preference(row: dict[str, Any], form: str, where: str) -> Row:
         rejected_finished=_flag(row, "rejected_finished", where),
         margin=None if margin is None else float(margin),
     )
+
+
+def _label(row: dict[str, Any], form: str, where: str) -> Row:
+    if "label" not in row:
+        raise BadRow(f"{where}: column label is missing; found {_names(row)}. Mend the row, or set data.on_bad_rows=skip")
+    return dataclasses.replace(_sft(row, "completion", where), desirable=_flag(row, "label", where))
 
 
 def _split_one(row: dict[str, Any], where: str) -> tuple[Text, Text]:

@@ -5,6 +5,7 @@ when a batch wants them.
 """
 
 import array
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.config import Data
+from rlhf_jax.config import OFFLINE, Data
 from rlhf_jax.data.encode import TokenSequence, encode
 from rlhf_jax.data.formats import Purpose, Row, detect, normalise, prepare, render_plain
 from rlhf_jax.data.sources import BadRow, Source, memory_source, open_source
@@ -60,6 +61,9 @@ class Table:
         margin = self.row(example).margin
         return 0.0 if margin is None else margin
 
+    def desirable(self, example: int) -> bool:
+        return self.row(example).desirable
+
     def digest(self) -> str:
         """Identifies rows, tokens and split: content of the file, tokenizer, every data key that matters."""
         keys = ("columns", "chat", "max_prompt_tokens", "max_tokens", "long_prompts", "on_bad_rows", "eval_fraction", "limit")
@@ -87,6 +91,24 @@ def open_sources(data: Data, *, purpose: Purpose, seed: int) -> tuple[list[Sourc
     if data.path is not None:
         return [open_source(data.path, limit=data.limit)], [1.0]
     return [open_source(source.path, limit=data.limit) for source in data.sources], [source.weight for source in data.sources]
+
+
+def purpose_of(stage: str, data: Data) -> Purpose:
+    """What a stage wants of its rows. KTO takes pairs, or single answers where the first good row has a column `label`."""
+    if stage == "sft":
+        return "sft"
+    if stage not in OFFLINE:
+        return "prompts"
+    path = data.path or next((source.path for source in data.sources), None)
+    if stage != "kto" or path is None:
+        return "preferences"
+    if "label" in data.columns:
+        return "labels"
+    source = open_source(path, limit=100)
+    for number in range(len(source)):
+        with contextlib.suppress(BadRow):
+            return "labels" if "label" in source.row(number) else "preferences"
+    return "preferences"
 
 
 def _task_rows(name: str, options: dict[str, Any], purpose: Purpose, seed: int) -> list[dict[str, Any]]:

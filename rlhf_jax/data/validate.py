@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.config import OFFLINE, STAGES, Data, OnlineRun, Run, SFTRun
+from rlhf_jax.config import STAGES, Data, OnlineRun, Run
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
-from rlhf_jax.data.table import Table, open_sources, scan
+from rlhf_jax.data.table import Table, open_sources, purpose_of, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -27,11 +27,10 @@ class Report(NamedTuple):
 
 def validate(run: Run) -> Report:
     """Read the data of a run as its stage would. Errors: those that the stage would raise, before any model is loaded."""
-    purposes: dict[type[Run], Purpose] = dict.fromkeys(STAGES.values(), "prompts")
-    purposes |= {STAGES[stage]: "preferences" for stage in OFFLINE} | {SFTRun: "sft"}
-    purpose = purposes.get(type(run))
-    if purpose is None:
+    stage = next((name for name, cls in STAGES.items() if cls is type(run)), None)
+    if stage is None:
         raise UserError(f"the data of a {type(run).__name__} cannot be checked; give the run file of one of {', '.join(STAGES)}")
+    purpose = purpose_of(stage, run.data)
     tokenizer = run_tokenizer(run.model, run.data, purpose, seed=run.seed)
     jobs: list[tuple[Data, Purpose]] = [(run.data, purpose)]
     if isinstance(run, OnlineRun) and run.ptx_data is not None:

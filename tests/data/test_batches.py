@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import Data, Source
-from rlhf_jax.data.batches import make_preference_data, make_prompt_data, make_sft_data
+from rlhf_jax.data.batches import make_labelled_data, make_preference_data, make_prompt_data, make_sft_data
+from rlhf_jax.data.table import purpose_of
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
@@ -371,3 +372,23 @@ def test_shapes_shrink_to_what_the_data_needs(bpe: Tokenizer):
     assert data.length < 200
     with pytest.raises(UserError, match=r"data.max_tokens = 1"):
         make_sft_data(dataclasses.replace(DATA, max_tokens=1), bpe, seed=0, batch_size=4, rows=_sft_rows())
+
+
+def test_labelled_answers_are_batches_for_kto(bpe: Tokenizer, tmp_path: Path):
+    rows = [{"prompt": f"q {n % 30}", "completion": f" yes {n}", "label": n % 3 == 0} for n in range(40)]
+    data = make_labelled_data(DATA, bpe, seed=0, batch_size=8, rows=rows)
+    batch = data.batch(2)
+    index = data.tables.train_index(2)
+    assert batch.desirable.tolist() == [rows[i]["label"] for i in index]
+    for tokens, trained, i in zip(batch.sequences.tokens, batch.sequences.target_mask, index, strict=True):
+        assert bpe.decode(tokens[trained]) == rows[i]["completion"]
+    found, valid = data.eval_batch(0)
+    assert found.sequences.target_mask.any(1).tolist() == valid.tolist()
+    with pytest.raises(UserError, match="column label must be true or false, found str 'good'"):
+        make_labelled_data(DATA, bpe, seed=0, batch_size=8, rows=[*rows, rows[0] | {"label": "good"}])
+    path = tmp_path / "answers.jsonl"
+    path.write_text("not a row\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    assert purpose_of("kto", Data(path=str(path))) == "labels"
+    assert purpose_of("dpo", Data(path=str(path))) == "preferences"
+    assert purpose_of("kto", Data(task="reviews")) == "preferences"
+    assert purpose_of("kto", Data(path=str(path), columns={"label": "good"})) == "labels"
