@@ -12,6 +12,7 @@ Each row is a file OUT/TASK/NAME.json: the score of answers to prompts that trai
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -66,9 +67,11 @@ class Task(NamedTuple):
         return Prompts(tokens=tokens, mask=tokens != self.pad, index=jnp.arange(len(rows), dtype=jnp.int32))
 
 
-def load_task(name: Any) -> Task:
+def load_task(started: config.SFTRun) -> Task:
+    """The task of a fine-tuning run, with the same prompts held out."""
+    name: Any = started.data.task
     tokenizer = TASKS[name].tokenizer()
-    settings = config.Data(task=name, max_prompt_tokens=8, max_tokens=40, eval_fraction=0.2)
+    settings = dataclasses.replace(started.data, max_prompt_tokens=8)
     data = make_prompt_data(settings, tokenizer, seed=0, batch_size=1)
     pairs = make_preference_data(settings, tokenizer, seed=0, batch_size=1).tables.tables[0].train
     pairs = make_preference_data(settings, tokenizer, seed=0, batch_size=len(pairs)).batch(0)  # an epoch: all of them
@@ -225,7 +228,7 @@ def measure(task: Task, model: Model) -> Callable[[Any, jax.Array], jax.Array]:
 def compare(args: argparse.Namespace, out: Path) -> None:
     started = config_file.load(CONFIGS / f"sft_{args.task}.yaml", [f"out={out / 'sft'}", *args.start], config.SFTRun)
     path = str(offline.run("sft", started) / "final")
-    task = load_task(args.task)
+    task = load_task(started)
     load = functools.partial(
         build.load,
         config.Model(path=path),

@@ -153,6 +153,19 @@ def build(
     )
 
 
+def build_relative(settings: config.GRPO, **options: Any) -> Algorithm:
+    """GRPO and its kin: `group_advantages`, the KL in the loss, groups without information left out where asked. See `build`."""
+    size, scale = settings.group_size, settings.advantage_scale
+    return build(
+        settings,
+        lambda answers: group_advantages(answers.scores, size, scale=scale),
+        group_size=size,
+        kl_in="loss",
+        keep=(lambda answers: informative(answers.scores, size)) if settings.drop_uninformative else None,
+        **options,
+    )
+
+
 def make_experience(
     settings: config.CriticFree,
     advantages: Callable[[Answers], jax.Array],

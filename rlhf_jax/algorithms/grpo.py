@@ -13,24 +13,11 @@ DAPO samples again until every group has information; with static shapes, groups
 its denominator instead, and `policy/trained_rate` says what remains. Left-out rows have no KL in the loss either.
 """
 
-from collections.abc import Callable
-
-import jax
-
 from rlhf_jax import config
-from rlhf_jax.algorithms import critic_free, ppo
+from rlhf_jax.algorithms import critic_free
 from rlhf_jax.algorithms.training import Algorithm
-from rlhf_jax.types import Metrics
 
 
-def build(settings: config.GRPO, *, surrogate: Callable[..., tuple[jax.Array, Metrics]] = ppo.policy_loss) -> Algorithm:
-    """GRPO with these settings; `surrogate` as in `critic_free.build`."""
-    size, scale = settings.group_size, settings.advantage_scale
-    return critic_free.build(
-        settings,
-        lambda answers: critic_free.group_advantages(answers.scores, size, scale=scale),
-        group_size=size,
-        kl_in="loss",
-        keep=(lambda answers: critic_free.informative(answers.scores, size)) if settings.drop_uninformative else None,
-        surrogate=surrogate,
-    )
+def build(settings: config.GRPO) -> Algorithm:
+    """GRPO with these settings."""
+    return critic_free.build_relative(settings)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.algorithms import critic_free, ppo
 from rlhf_jax.algorithms.training import Algorithm
 from rlhf_jax.types import Metrics
 
@@ -49,4 +49,4 @@ def policy_loss(
 
 def build(settings: config.GSPO) -> Algorithm:
     """GRPO with these settings and the ratio of whole answers."""
-    return grpo.build(settings, surrogate=policy_loss)
+    return critic_free.build_relative(settings, surrogate=policy_loss)

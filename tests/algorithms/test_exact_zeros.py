@@ -33,7 +33,11 @@ def found(scores, mask, *, names=tuple(BUILT), logprobs=None, greedy=0.0):
     for name in names:
         experience, metrics = synthetic_answers.experience(BUILT[name], scores, mask, **scored)
         assert all(np.isfinite(float(value)) for value in metrics.values()), (name, metrics)
-        out[name] = np.asarray(experience.advantages), *synthetic_answers.gradient(BUILT[name], new, experience, kl_coef=0.05)
+        state, metrics = synthetic_answers.update(BUILT[name], new, experience, kl_coef=0.05)
+        assert int(state.bad_steps) == 0, name
+        grad = np.asarray(state.actor.opt_state["logprobs"])
+        grad = grad if int(state.actor.step) else np.zeros_like(grad)  # no step was taken at all
+        out[name] = np.asarray(experience.advantages), float(metrics["policy/loss"]), grad
     return out
 
 
