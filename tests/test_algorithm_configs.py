@@ -91,7 +91,9 @@ def test_dr_grpo_and_dapo_are_the_values_that_the_page_names():
 
 @pytest.mark.parametrize("name", sorted(set(TASKS) - STARTS))
 def test_every_file_runs(name, starts, tmp_path):
-    graded = () if TASKS[name] == "reviews" else ("reward.functions=[{function: length, options: {unit: characters, maximum: 2}}]",)
+    graded = (
+        () if TASKS[name] == "reviews" else ("reward.functions=[{function: length, options: {unit: characters, maximum: 2}}]",)
+    )
     rows = run(name, tmp_path, f"model.path={starts / TASKS[name] / 'final'}", *graded)  # no untrained model gets a sum right
     key = {"dpo_reviews": "dpo/loss", "ipo_reviews": "dpo/loss", "kto_reviews": "kto/loss"}.get(name, "policy/loss")
     trained = [row for row in rows if key in row]

@@ -33,7 +33,7 @@ def test_ranks(my_algorithm):
 
 
 def test_it_trains(my_algorithm, tmp_path):
-    my_algorithm.main(str(tmp_path / "run"), tuning_steps=2, steps=2)
+    my_algorithm.main(str(tmp_path / "run"), tuning_steps=2, steps=2, sums=400)
     rows = metrics.read_rows(tmp_path / "run" / "rank" / metrics.METRICS)
     trained = [row for row in rows if "policy/loss" in row]
     assert [row["step"] for row in trained] == [1, 2]

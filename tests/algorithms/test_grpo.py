@@ -246,9 +246,10 @@ def test_dr_grpo_has_no_length_bias():
     "keys",
     [
         {},
+        {"kl_coef": 0.0, "aggregation": "sequence_mean_token_sum_norm", "advantage_scale": "none"},
         {"kl_coef": 0.0, "aggregation": "token_mean", "clip_high": 0.28, "drop_uninformative": True, "minibatches": 2},
     ],
-    ids=["grpo", "dapo"],
+    ids=["grpo", "dr_grpo", "dapo"],
 )
 def test_learns(keys):
     before, after, metrics = bandit.seeds(bandit.online(grpo.build(config.GRPO(**keys)), kl_coef=0.01))
