@@ -225,6 +225,11 @@ def measure(task: Task, model: Model) -> Callable[[Any, jax.Array], jax.Array]:
     return lambda params, key: task.score(sample(params, prompts, key).replace(index=task.held_out)).mean()
 
 
+def of_seeds(score: Any, learn: Any, start: Any, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Score of the start, f32[], and of what is learnt from every key, f32[seeds]."""
+    return score(start, keys[0]), jax.vmap(lambda key: score(learn(key), jax.random.fold_in(key, 1)))(keys)
+
+
 def compare(args: argparse.Namespace, out: Path) -> None:
     started = config_file.load(CONFIGS / f"sft_{args.task}.yaml", [f"out={out / 'sft'}", *args.start], config.SFTRun)
     path = str(offline.run("sft", started) / "final")
@@ -248,13 +253,7 @@ def compare(args: argparse.Namespace, out: Path) -> None:
         steps = max(1, round(args.budget / (answers * passes_per_answer(stage, getattr(run, stage)))))
         more = () if stage in OFFLINE else (critic.params,)
         learn = (from_pairs if stage in OFFLINE else online)(stage, run, steps, task, actor.model, actor.params, *more)
-
-        @jax.jit
-        def seeds(keys: jax.Array, learn: Any = learn) -> tuple[jax.Array, jax.Array]:
-            before = score(actor.params, keys[0])
-            return before, jax.vmap(lambda key: score(learn(key), jax.random.fold_in(key, 1)))(keys)
-
-        program = seeds.lower(keys).compile()
+        program = jax.jit(functools.partial(of_seeds, score, learn, actor.params)).lower(keys).compile()
         began = time.perf_counter()
         before, found = jax.device_get(program(keys))
         row = {"before": float(before), "after": found.tolist(), "steps": steps, "seconds": time.perf_counter() - began}
