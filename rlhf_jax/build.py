@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax import config, models, parallel, programs
@@ -18,8 +19,9 @@ from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.table import purpose_of
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import lora
-from rlhf_jax.types import Calibration, Model, Params
+from rlhf_jax.leaves import named_leaves
+from rlhf_jax.models import lora, roles
+from rlhf_jax.types import Calibration, Model, Params, join
 
 
 class Loaded(NamedTuple):
@@ -31,7 +33,7 @@ class Loaded(NamedTuple):
     base: Params | None = None  # the frozen tree under an adapter
     calibration: Calibration = Calibration()
     source: Path | None = None  # directory it was read from
-    lora_scale: float = 1.0
+    lora: config.Lora | None = None  # what made the adapter
 
     @property
     def model(self) -> Model:
@@ -73,12 +75,12 @@ def make_model(settings: config.Model, spec: models.Spec, mesh: Mesh) -> Model:
         remat=settings.remat,
         attention=settings.attention,
         constrain=parallel.make_constrain(mesh),
-        lora_scale=_lora_scale(settings),
+        lora_scale=_scale(settings.lora),
     )
 
 
-def _lora_scale(settings: config.Model) -> float:
-    return 1.0 if settings.lora is None else settings.lora.alpha / settings.lora.rank
+def _scale(settings: config.Lora | None) -> float:
+    return 1.0 if settings is None else settings.alpha / settings.rank
 
 
 def read_spec(settings: config.Model, path: str | None, real_vocab: int | None) -> models.Spec:
@@ -126,6 +128,7 @@ def load(
     trained: bool = True,
     base: Params | None = None,
     zero_head: bool = False,
+    adapter: str | None = None,
 ) -> Loaded:
     """A model with weights, each tensor read straight onto its shards; drawn at random where `path` is None.
 
@@ -134,6 +137,7 @@ def load(
       key: of what is drawn: random weights, a new head, an adapter.
       trained: as in `abstract_part`.
       base: the frozen tree of another model of the same architecture, shared instead of loaded again (LoRA).
+      adapter: directory in PEFT layout: what the adapter (and a scalar head in it) begins with.
     """
     spec = read_spec(settings, path, real_vocab)
     check_mesh(spec, mesh)
@@ -153,10 +157,67 @@ def load(
     if not adapted:
         return Loaded(spec, part, params, None, calibration, source)
     frozen = lora.frozen_part(params) if base is None else base
-    adapter = parallel.compile_step(
+    make = parallel.compile_step(
         lambda k, p: _cast(_adapter(settings, spec, k, p), dtype(settings.param_dtype)), out=programs.shardings(part.trained)
     )
-    return Loaded(spec, part, adapter(key, params), frozen, calibration, source, _lora_scale(settings))
+    fresh = make(key, params)
+    if adapter is not None:
+        fresh = _begin_with(settings, spec, adapter, head, fresh)
+    return Loaded(spec, part, fresh, frozen, calibration, source, settings.lora)
+
+
+def load_on(settings: config.Model, mesh: Mesh, actor: Loaded, *, head: str, path: str) -> Loaded:
+    """A frozen model that is an adapter in PEFT layout on the actor's own base: the base stays the one copy in memory."""
+    found = lora.load_adapter(path, actor.spec, head=head)
+    if actor.base is None or actor.source is None or Path(found.base or "").resolve() != actor.source.resolve():
+        raise UserError(
+            f"{path}: is an adapter of {found.base}; to share the actor's base give model.lora and model.path={found.base}, "
+            "else give the directory of the merged model"
+        )
+    if "score" not in found.params:
+        raise UserError(f"{path}: an adapter without a scalar head; it is no reward model")
+    part = abstract_on(settings, mesh, actor.spec, actor.part, head=head, path=path)
+    params = _placed(_scaled(found, settings), part.trained)
+    return Loaded(actor.spec, part, params, actor.base, found.calibration, Path(path), settings.lora)
+
+
+def abstract_on(
+    settings: config.Model, mesh: Mesh, spec: models.Spec, actor: programs.Part, *, head: str, path: str
+) -> programs.Part:
+    """`load_on` as shapes."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype(settings.compute_dtype)),
+        lora.load_adapter(path, spec, head=head).params,
+    )
+    return programs.Part(actor.model, programs.placed(actor.model, mesh, shapes), actor.frozen)
+
+
+def _scaled(found: lora.Adapter, settings: config.Model) -> Params:
+    """The adapter's arrays for the scale alpha / rank of this run."""
+    ratio = found.scale / _scale(settings.lora)
+    return jax.tree_util.tree_map_with_path(lambda at, x: x * ratio if at[-1].key == "lora_b" else x, found.params)
+
+
+def _placed(params: Params, like: Params) -> Params:
+    """Host arrays with the types and shardings of a tree like theirs."""
+    return jax.tree.map(lambda new, old: parallel.place(np.asarray(new, old.dtype), old.sharding), params, like)
+
+
+def _begin_with(settings: config.Model, spec: models.Spec, path: str, head: str, fresh: Params) -> Params:
+    """A new adapter, replaced by the one in a directory; a critic takes a reward model's head and calibration over."""
+    found = lora.load_adapter(path, spec, head=head)
+    params = _scaled(found, settings)
+    if head == "value" and "score" in params:
+        params["score"] = roles.critic(spec, params, found.calibration)["score"]
+    want, have = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (fresh, params))
+    wrong = [name for name in sorted(want | have) if want.get(name) != have.get(name) and (name in have or "score" not in name)]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{path}: the adapter's rank or targets are not those of model.lora ({name} has shape {have.get(name)}, "
+            f"this run's {want.get(name)}); give its own rank and targets"
+        )
+    return _placed(join(jax.tree.map(parallel.fetch, fresh), params), fresh)
 
 
 def _cast(tree: Params, to: Any) -> Params:
@@ -173,8 +234,11 @@ def _adapter(settings: config.Model, spec: models.Spec, key: jax.Array, params: 
 def export(
     out: Path, loaded: Loaded, params: Params, *, head: str, tokenizer: Any, calibration: Calibration | None = None
 ) -> None:
-    """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config."""
-    merged = params if loaded.base is None else lora.merge(loaded.base, params, scale=loaded.lora_scale)
+    """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config.
+
+    An adapter is written by itself too, below `out/adapter` in PEFT layout.
+    """
+    merged = params if loaded.base is None else lora.merge(loaded.base, params, scale=_scale(loaded.lora))
     models.save_checkpoint(
         out,
         loaded.spec,
@@ -184,3 +248,9 @@ def export(
         tokenizer=tokenizer,
         calibration=calibration or loaded.calibration,
     )
+    if loaded.base is not None and loaded.lora is not None and lora.has_layout(loaded.spec, params):
+        base = None if loaded.source is None else str(loaded.source)
+        kept = calibration or loaded.calibration
+        lora.save_adapter(
+            out / "adapter", loaded.spec, params, loaded.lora, base=base, head=head, calibration=None if head == "lm" else kept
+        )

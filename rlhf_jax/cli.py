@@ -179,9 +179,8 @@ def export(
 
 @app.command()
 def models() -> None:
-    """Model families that can be loaded, and what each covers."""
-    for name, family in _start("models.families").FAMILIES.items():
-        typer.echo(f"{name:14} {family.loads}")
+    """Model families that can be loaded, what each covers, and the sizes of the models known by name."""
+    typer.echo(_start("models.hf").describe_families())
 
 
 @app.command()

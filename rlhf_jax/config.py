@@ -28,6 +28,7 @@ class Lora:
     rank: int = key(16, "rank of the adapter")
     alpha: float = key(32.0, "the adapter is scaled by alpha / rank")
     targets: tuple[str, ...] = key(("q", "k", "v", "o", "gate", "up", "down"), "matrices that get an adapter")
+    path: str | None = key(None, "adapter in PEFT layout to begin with, of this rank and these targets; default: a new one")
 
 
 @dataclass(frozen=True, kw_only=True)

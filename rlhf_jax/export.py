@@ -8,6 +8,7 @@ import jax
 from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, setups, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import nest
+from rlhf_jax.models import lora
 from rlhf_jax.types import Calibration
 
 RESOLVED = "config.resolved.yaml"
@@ -46,7 +47,8 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     mesh = parallel.make_mesh(config.Mesh(), jax.local_devices()[:1])
     path = settings.model.path
     if part == "critic":
-        path = settings.critic or settings.reward.model or path
+        given = settings.critic or settings.reward.model
+        path = path if given is None or lora.is_adapter(given) else given
     if settings.model.lora is None:
         spec = build.read_spec(settings.model, path, tokenizer.vocab_size)
         loaded = build.Loaded(

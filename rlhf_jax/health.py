@@ -41,6 +41,7 @@ _KEYS_TO_LOWER = {
     "update": ("ppo.micro_batches (raise it)", "model.remat (full)", "model.logprob_chunk"),
     "train": ("micro_batches (raise it)", "model.remat (full)", "data.max_tokens"),
     "load": ("model.param_dtype (bfloat16)", "mesh.fsdp (more devices)", "model.lora"),
+    "export": ("model.lora", "model.param_dtype (bfloat16)", "mesh.fsdp (more devices)"),
 }
 
 
@@ -169,7 +170,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def phase(name: str, components: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
-    """Work of one kind ("load", "rollout", "score", "update", "train"); running out of device memory inside becomes a UserError.
+    """Work of one kind ("load", "rollout", "score", "update", "train", "export"); running out of memory becomes a UserError.
 
     components: makes {"actor": pytree or bytes, …}, called only when memory has run out.
     """

@@ -50,10 +50,9 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
         checkpoints.require_space(made[0].abstract)
         return checkpoints.restore(made[0].abstract)
 
-    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore) as (
-        session,
-        restored,
-    ):
+    with open_session(
+        stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore, sizes=plan.sizes
+    ) as (session, restored):
         if session.directory.completed_step is not None:
             session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
             return Path(settings.out)
@@ -61,8 +60,9 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
             session.recorder.note(text)
         setup = made[0]
         state = setup.initial_state() if restored is None else restored.state
-        state = train(setup, state, session)
-        with session.recorder.phase("export"):
+        with health.phase("train", setup.components):  # evaluations, and what is only seen when results are read
+            state = train(setup, state, session)
+        with session.recorder.phase("export"), health.phase("export", setup.components):
             calibration = calibrate(setup, state, session) if stage == "reward" else Calibration()
             head = setups.HEADS.get(stage, "lm")
             out = Path(settings.out) / "final"
@@ -83,7 +83,7 @@ def train(setup: OfflineSetup, state: OfflineState, session: Session) -> Offline
         began = time.perf_counter()
         with recorder.phase("data"):
             batch = setup.place(setup.plan.data.batch(step))
-        with recorder.phase("train", step + 1) as until, health.phase("train", setup.components):
+        with recorder.phase("train", step + 1) as until:
             state, metrics = setup.update(state, batch, frozen)
             until(metrics)
             if pending is not None:

@@ -60,10 +60,9 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
         checkpoints.require_space(made[0].abstract)
         return checkpoints.restore(made[0].abstract)
 
-    with open_session(stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore) as (
-        session,
-        restored,
-    ):
+    with open_session(
+        stage, settings, plan.fingerprints, from_scratch=from_scratch, override=override, restore=restore, sizes=plan.sizes
+    ) as (session, restored):
         if session.directory.completed_step is not None:
             session.recorder.note(f"{settings.out}: already complete at step {session.directory.completed_step}")
             return Path(settings.out)
@@ -71,8 +70,9 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
             session.recorder.note(text)
         setup = made[0]
         state = setup.initial_state() if restored is None else restored.state
-        state = train(setup, state, session)
-        with session.recorder.phase("export"):
+        with health.phase("update", setup.components):  # what is only seen when results are read
+            state = train(setup, state, session)
+        with session.recorder.phase("export"), health.phase("export", setup.components):
             setup.export(state)
         session.directory.complete(settings.steps)
     session.show()
@@ -104,7 +104,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             if greedy is not None:
                 scored = scored.replace(greedy_score=reward(setup, greedy).total)
             until(scores.total)
-        with recorder.phase("update", step + 1) as until, health.phase("update", setup.components):
+        with recorder.phase("update", step + 1) as until:
             state, metrics = do["learn"](state, frozen, rollout, scores.total, scored, key, setup.ptx_batch(step))
             until(metrics)
             if pending is not None:
@@ -144,7 +144,8 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
     total: Any = None
     parts: dict[str, float] = {}
     if "reward" in setup.do:
-        total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
+        with health.phase("score", setup.components):
+            total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
     if setup.host_reward is not None:
         values, found = setup.host_reward(reward_input(setup, rollout))
         parts = {name: float(np.mean(value)) for name, value in found.items()}
@@ -176,7 +177,7 @@ def finish(setup: OnlineSetup, session: Session, pending: Pending) -> None:
 
 def evaluate(setup: OnlineSetup, state: RunState, session: Session, step: int) -> RunState:
     """Answer the fixed prompts with the current actor (and its moving average); rows of samples.jsonl; the best score so far."""
-    with session.recorder.phase("evaluate"):
+    with session.recorder.phase("evaluate"), health.phase("rollout", setup.components):
         key = build.root_key(setup.settings, "evaluate")
         prompts = setup.place(setup.evaluation_prompts())
         found = _evaluate_one(setup, state, session, step, prompts, key, state.actor.params, "eval")

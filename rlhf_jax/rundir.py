@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from rlhf_jax import integrity, processes
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, without_secrets
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -33,7 +33,6 @@ _OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary
 _OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
 _FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
-_SECRET_IN_URL = re.compile(r"//[^/@\s]+@")
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _SHOWN = 8
 
@@ -132,7 +131,7 @@ def _open(
     devices: int | None,
     say: Callable[[str], None],
 ) -> RunDir:
-    config_text = _SECRET_IN_URL.sub("//***@", config_text)
+    config_text = without_secrets(config_text)
     config = yaml.safe_load(config_text) or {}
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -305,7 +304,7 @@ def environment() -> dict[str, Any]:
 def _without_secrets(word: str) -> str:
     """A word of the command line without what only its owner should know: `api_token=…`, `https://user:password@host`."""
     name, equals, _ = word.partition("=")
-    return f"{name}=***" if equals and _SECRET_NAME.search(name) else _SECRET_IN_URL.sub("//***@", word)
+    return f"{name}=***" if equals and _SECRET_NAME.search(name) and "://" not in name else without_secrets(word)
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

@@ -94,12 +94,14 @@ def open_session(
     from_scratch: bool,
     override: Collection[str] = (),
     restore: Callable[[Checkpoints], Restored | None],
+    sizes: Callable[[], Mapping[str, Any]],
 ) -> Iterator[tuple[Session, Restored | None]]:
     """Lock the directory, restore the newest good checkpoint, cut the logs back to it.
 
     Args:
       fingerprints: hashes of what must not have changed since the run began: data, tokenizer, models.
       restore: called once the directory is ours; returns the restored state or None. Models may be loaded there.
+      sizes: what the run keeps in memory, as shapes by name: asked only when memory runs out while it loads.
     """
     out = Path(settings.out)
     with contextlib.ExitStack() as stack:
@@ -129,7 +131,7 @@ def open_session(
         )
         restored = None
         if directory.completed_step is None:
-            with health.phase("load"):
+            with health.phase("load", sizes):
                 restored = restore(checkpoints)
         recorder = metrics.Recorder(
             out,

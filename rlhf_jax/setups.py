@@ -32,9 +32,10 @@ from rlhf_jax.data.table import describe, purpose_of
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora
 from rlhf_jax.rewards import HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
-from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Preferences, Prompts, RewardFn, RunState, Sequences
+from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Preferences, Prompts, RewardFn, RunState, Sequences, join
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,13 @@ class OnlinePlan:
         """Hashes of what must not change while the run exists."""
         settings = self.settings
         paths = {"model": settings.model.path, "reference": settings.reference or settings.model.path}
-        paths |= {"reward": settings.reward.model, "critic": getattr(settings, "critic", None)}
+        paths |= {"reward": settings.reward.model, "critic": getattr(settings, "critic", None), "adapter": adapter_of(settings)}
         found = {name: fingerprint(path) for name, path in paths.items()}
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
+
+    def sizes(self) -> dict[str, Any]:
+        """What the run will keep in memory, as shapes by name."""
+        return abstract_programs(self.stage, self.settings, self.mesh)[1]
 
 
 @dataclass(frozen=True)
@@ -175,20 +180,24 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
     vocab = plan.tokenizer.vocab_size
     load = functools.partial(build.load, settings.model, mesh, real_vocab=vocab)
     path = settings.model.path
-    actor = load(head="lm", key=build.root_key(settings, "model"), path=path)
+    actor = load(head="lm", key=build.root_key(settings, "model"), path=path, adapter=adapter_of(settings))
     reference = None
     if "reference" in algorithm.needs and (settings.model.lora is None or settings.reference is not None):
         from_path = settings.reference or path
         reference = load(head="lm", key=build.root_key(settings, "model"), path=from_path, trained=False)
     scorer = None
-    if settings.reward.model is not None:
+    if settings.reward.model is not None and lora.is_adapter(settings.reward.model):
+        scorer = build.load_on(settings.model, mesh, actor, head="score", path=settings.reward.model)
+    elif settings.reward.model is not None:
         scorer = load(head="score", key=build.root_key(settings, "reward"), path=settings.reward.model, trained=False)
     critic = None
     if "critic" in algorithm.needs:
         given = getattr(settings, "critic", None) or settings.reward.model
+        adapter = given if lora.is_adapter(given) else None
+        given = None if adapter else given
         shared = actor.base if given in (None, path) else None
         key = build.root_key(settings, "critic")
-        critic = load(head="value", key=key, path=given or path, base=shared, zero_head=given is None)
+        critic = load(head="value", key=key, path=given or path, base=shared, zero_head=given is None, adapter=adapter)
     parts = programs.Parts(
         actor=actor.part,
         critic=None if critic is None else critic.part,
@@ -199,7 +208,7 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         actor=actor.base,
         critic=None if critic is None else critic.base,
         reference=None if reference is None else reference.params,
-        reward=None if scorer is None else scorer.params,
+        reward=None if scorer is None else join(scorer.base, scorer.params),
     )
     optimizers = online_optimizers(plan.stage, settings)
     steps = programs.online_programs(
@@ -227,6 +236,11 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         host_reward=host,
         gold=gold,
     )
+
+
+def adapter_of(settings: config.Run) -> str | None:
+    """The adapter that the trained model begins with."""
+    return None if settings.model.lora is None else settings.model.lora.path
 
 
 def online_optimizers(
@@ -302,8 +316,13 @@ class OfflinePlan:
     @property
     def fingerprints(self) -> dict[str, str]:
         paths = {"model": self.settings.model.path, "reference": getattr(self.settings, "reference", None)}
+        paths |= {"adapter": adapter_of(self.settings)}
         found = {name: fingerprint(path) for name, path in paths.items()}
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
+
+    def sizes(self) -> dict[str, Any]:
+        """What the run will keep in memory, as shapes by name."""
+        return abstract_programs(self.stage, self.settings, self.mesh)[1]
 
 
 @dataclass(frozen=True)
@@ -358,7 +377,7 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
     settings, mesh, stage = plan.settings, plan.mesh, plan.stage
     head = HEADS.get(stage, "lm")
     load = functools.partial(build.load, settings.model, mesh, real_vocab=plan.tokenizer.vocab_size)
-    trained = load(head=head, key=build.root_key(settings, "model"), path=settings.model.path)
+    trained = load(head=head, key=build.root_key(settings, "model"), path=settings.model.path, adapter=adapter_of(settings))
     reference = None
     if hasattr(settings, "reference") and (settings.model.lora is None or settings.reference is not None):
         from_path = settings.reference or settings.model.path
@@ -403,13 +422,19 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     algorithm = build.algorithm(stage, settings)
     own_reference = "reference" in algorithm.needs and (model.lora is None or settings.reference is not None)
     scorer = settings.reward.model
+    given = getattr(settings, "critic", None) or scorer
+    actor = part(path, "lm", trained=True)
+    if lora.is_adapter(scorer):
+        reward = build.abstract_on(model, mesh, abstract_spec(model, path), actor, head="score", path=scorer)
+    else:
+        reward = part(scorer, "score", trained=False) if scorer is not None else None
     parts = programs.Parts(
-        actor=part(path, "lm", trained=True),
-        critic=part(getattr(settings, "critic", None) or scorer or path, "value", trained=True)
+        actor=actor,
+        critic=part(path if given is None or lora.is_adapter(given) else given, "value", trained=True)
         if "critic" in algorithm.needs
         else None,
         reference=part(settings.reference or path, "lm", trained=False) if own_reference else None,
-        reward=part(scorer, "score", trained=False) if scorer is not None else None,
+        reward=reward,
     )
     optimizers = online_optimizers(stage, settings)
     steps = programs.online_programs(

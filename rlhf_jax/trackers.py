@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_jax.errors import without_secrets
+
 IDENTITY = ".tracker_id"  # random name of the run at services, so that a continued run is the same record there
 PROJECT = "rlhf-jax"
 EXTRAS = {  # name in `log.backends` -> module; the extra of the distribution has the backend's name
@@ -78,11 +80,12 @@ def start(
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"ppo": {"kl_coef": 0.1}} as {"ppo.kl_coef": 0.1}."""
+    """{"ppo": {"kl_coef": 0.1}} as {"ppo.kl_coef": 0.1}, without the secrets inside addresses."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+        shown = without_secrets(value) if isinstance(value, str) else value
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: shown}
     return flat
 
 

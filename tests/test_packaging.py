@@ -153,6 +153,34 @@ print(xla_bridge.backends_are_initialized())
     assert python(code).strip() == "False"
 
 
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch"}
+RUNNING = {"eval", "exec", "compile", "__import__"}
+
+
+def dangers(module: ast.Module) -> Iterator[str]:
+    """What could run something that was only meant to be read: pickles, eval, a shell, YAML with tags, code of a model's own."""
+    for node in ast.walk(module):
+        yield from (name for name in imported(node) if name.split(".")[0] in PICKLES)
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in RUNNING:
+            yield node.func.id
+        keywords = {each.arg: getattr(each.value, "value", None) for each in node.keywords}
+        yield from (key for key in ("shell", "allow_pickle", "trust_remote_code") if keywords.get(key))
+        name = ast.unparse(node.func)
+        if name in ("os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            yield name
+
+
+def test_nothing_that_is_read_is_run():
+    assert list(dangers(ast.parse("import pickle, os\nos.system('x'); eval(a); f(shell=True); yaml.load(b)"))) == [
+        *("pickle", "os.system", "eval", "shell", "yaml.load")
+    ]
+    found = {str(path.relative_to(ROOT)): list(dangers(tree(path))) for path in (*FILES, *(ROOT / "scripts").glob("*.py"))}
+    found = {path: names for path, names in found.items() if names}
+    assert found == {"scripts/bench_rollout.py": ["torch"]}  # the peer it is compared with
+
+
 def names_read(module: ast.Module) -> Iterator[str]:
     """Attributes, and the names in getattr(..., "name", ...)."""
     for node in ast.walk(module):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -142,12 +144,25 @@ def test_a_place_where_nobody_may_write_is_refused(place):
     assert f"out={place}: cannot write there" in refusal(lambda: open_run(place, text(), PRINTS))
 
 
-def test_a_read_only_directory_is_refused(tmp_path, monkeypatch):
-    def read_only(path, *_):
-        raise PermissionError(30, "Read-only file system", str(path))
-
-    monkeypatch.setattr(os, "open", read_only)  # root may write anywhere, so the system call is made to fail
-    assert "Read-only file system" in refusal(lambda: open_run(tmp_path, text(), PRINTS))
+def test_a_read_only_directory_is_refused(tmp_path):
+    """For real: root, who may write anywhere, is nobody for a moment."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        (place / "old").mkdir()
+        place.chmod(0o555)
+        (place / "old").chmod(0o555)
+        for out in (place / "new", place / "old"):
+            before, root = sorted(place.rglob("*")), os.geteuid() == 0
+            try:
+                os.seteuid(65534 if root else os.geteuid())
+                message = refusal(lambda out=out: open_run(out, text(), PRINTS))
+            finally:
+                os.seteuid(0 if root else os.geteuid())
+            assert f"out={out}: cannot write there (Permission denied: " in message
+            assert sorted(place.rglob("*")) == before
+    finally:
+        place.chmod(0o755)
+        shutil.rmtree(place)
 
 
 def hold(folder: Path) -> subprocess.Popen:
@@ -199,12 +214,16 @@ def test_fingerprints_follow_contents_not_places(tmp_path):
 def test_secrets_stay_out_of_what_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_JAX_API_TOKEN", "s3cret")
     monkeypatch.setenv("HF_TOKEN", "s3cret")
-    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "ppo", "api_key=s3cret", "reward.url=https://me:s3cret@host/score"])
-    with open_run(tmp_path, text(reward={"url": "https://me:s3cret@host/score"}), PRINTS):
-        pass
+    words = ["api_key=s3cret", "reward.url=https://me:s3cret@host/score", "reward.url=https://host/score?n=3&api_key=s3cret"]
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "ppo", *reversed(words)])
+    for url in ("https://me:s3cret@host/score", "https://host/score?access_token=s3cret&n=3"):
+        with open_run(tmp_path, text(reward={"url": url}), PRINTS, override=["reward.url"]):
+            pass
+    assert "?access_token=***&n=3" in (tmp_path / "config.resolved.yaml").read_text()
     for path in tmp_path.iterdir():
         assert "s3cret" not in path.read_text()
-    assert environment()["command"][-1] == "reward.url=https://***@host/score"
+    assert environment()["command"][-2:] == ["reward.url=https://***@host/score", "api_key=***"]
+    assert environment()["command"][-3] == "reward.url=https://host/score?n=3&api_key=***"
 
 
 def test_sync_reaches_the_files_of_lines(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 
 from rlhf_jax import config, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import lora
 
 TINY = config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, max_length=64)
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, schedule="constant", eps=1e-8)
@@ -22,6 +24,12 @@ def sft_run(out: Path, **changes: Any) -> config.SFTRun:
     run = config.SFTRun(
         out=str(out), steps=4, batch_size=16, model=config.Model(scratch=TINY), data=DATA, optimizer=OPTIMIZER, log=LOG, save=SAVE
     )
+    return dataclasses.replace(run, **changes)
+
+
+def reward_run(out: Path, tuned: Path, **changes: Any) -> config.RewardRun:
+    model = config.Model(path=str(tuned))
+    run = config.RewardRun(out=str(out), steps=4, batch_size=16, model=model, data=DATA, optimizer=OPTIMIZER, log=LOG, save=SAVE)
     return dataclasses.replace(run, **changes)
 
 
@@ -48,17 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a fine-tuned model and a reward model."""
     out = tmp_path_factory.mktemp("runs")
     offline.run("sft", sft_run(out / "sft"))
-    settings = config.RewardRun(
-        out=str(out / "reward"),
-        steps=4,
-        batch_size=16,
-        model=config.Model(path=str(out / "sft" / "final")),
-        data=DATA,
-        optimizer=OPTIMIZER,
-        log=LOG,
-        save=SAVE,
-    )
-    offline.run("reward", settings)
+    offline.run("reward", reward_run(out / "reward", out / "sft" / "final"))
     return out
 
 
@@ -255,6 +253,45 @@ def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_pa
     same = jax.tree.map(lambda a, b: bool((a == b).all()), merged.params, start.params)
     assert same["embed"]["embedding"]
     assert not same["layers"]["attention"]["q"]["kernel"]
+    exported = lora.load_adapter(out / "final" / "adapter", merged.spec)
+    assert (out / "final-critic" / "adapter" / "adapter_model.safetensors").is_file()
+    again = config.Lora(rank=2, alpha=8.0, path=str(out / "final" / "adapter"))
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, lora=again))
+    begun = setups.set_up_online(setups.plan_online("ppo", settings)).actor.params
+    jax.tree_util.tree_map_with_path(  # twice the alpha, so half of b: the same function
+        lambda at, ours, theirs: np.testing.assert_array_equal(ours, theirs / 2 if at[-1].key == "lora_b" else theirs),
+        begun,
+        exported.params,
+    )
+    wrong = dataclasses.replace(settings.model, lora=dataclasses.replace(again, rank=3))
+    with pytest.raises(UserError, match=r"rank or targets are not those of model\.lora"):
+        setups.set_up_online(setups.plan_online("ppo", dataclasses.replace(settings, model=wrong)))
+
+
+def test_reward_model_and_critic_are_adapters_on_the_actor_s_base(base: Path, tmp_path: Path) -> None:
+    """One copy of the base in memory, and the same scores and values as those of the merged reward model."""
+    start = base / "sft" / "final"
+    adapted = config.Model(path=str(start), lora=config.Lora(rank=2, alpha=4.0))
+    offline.run("reward", reward_run(tmp_path / "reward", start, model=adapted, steps=2))
+    scorer = tmp_path / "reward" / "final" / "adapter"
+    setup = setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "ppo", start, scorer, model=adapted)))
+    trees = (setup.actor.base, setup.actor.params, setup.critic.params, lora.load_adapter(scorer, setup.actor.spec).params)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in trees]
+    leaves = jax.tree.leaves((setup.actor.params, setup.critic.params, setup.frozen))
+    assert sum({id(x): x.nbytes for x in leaves}.values()) == sum(sizes)
+    whole = setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "whole", start, scorer.parent)))
+    prompts, key = setup.place(setup.prompts(0)), jax.random.key(0)
+    rollout = setup.do["rollout"](setup.do["sync"](setup.actor.params, setup.actor.base), prompts, key)
+    found = [
+        (do["reward"](each.frozen.reward, rollout), do["score"](each.actor.params, each.critic.params, each.frozen, rollout))
+        for each, do in ((setup, setup.do), (whole, whole.do))
+    ]
+    (ours, ours_scored), (theirs, theirs_scored) = found
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours_scored.values, theirs_scored.values, atol=1e-4, rtol=0)
+    assert np.std(np.asarray(ours)) > 1e-3
+    with pytest.raises(UserError, match=r"is an adapter of .*; to share the actor's base give model\.lora"):
+        setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "none", start, scorer)))
 
 
 def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

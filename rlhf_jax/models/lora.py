@@ -6,6 +6,7 @@ decoder applies what it finds there. The base alone is the reference. Source: ar
 
 import json
 import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ from rlhf_jax.models import directory as dirs
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.rules import Stored, stored_tensors
+from rlhf_jax.models.save import host, scalar_name
 from rlhf_jax.models.spec import Leaf, Spec, leaves
-from rlhf_jax.types import Params, join
+from rlhf_jax.types import Calibration, Params, join
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 FILE, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+CALIBRATION = "calibration.json"  # {"mean", "std"} of a reward model: PEFT's file has no place for it
 
 
 class Adapter(NamedTuple):
@@ -32,6 +35,8 @@ class Adapter(NamedTuple):
 
     params: Params
     scale: float  # what `make_model(lora_scale=...)` takes
+    base: str | None = None  # name or directory of the model that it belongs to
+    calibration: Calibration = Calibration()
 
 
 def init(spec: Spec, lora: settings.Lora, key: jax.Array, *, dtype: Any = jnp.float32) -> Params:
@@ -89,64 +94,93 @@ def _merged(params: Params, scale: float) -> Params:
 # ----------------------------------------------------------------------------------------------------- PEFT layout
 
 
+def is_adapter(path: str | Path | None) -> bool:
+    """True for a directory in PEFT layout."""
+    return path is not None and (Path(path) / CONFIG).is_file()
+
+
+def has_layout(spec: Spec, adapter: Params) -> bool:
+    """False where PEFT has no layout for the adapter: experts that share one stored tensor (gpt-oss)."""
+    return all(stored.inputs is not None for _, stored, _ in _adapted(spec, adapter))
+
+
 def save_adapter(
-    path: str | Path, spec: Spec, adapter: Params, lora: settings.Lora, *, base: str | None = None, head: str = "lm"
+    path: str | Path,
+    spec: Spec,
+    adapter: Params,
+    lora: settings.Lora,
+    *,
+    base: str | None = None,
+    head: str = "lm",
+    calibration: Calibration | None = None,
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them.
+    """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT reads them. Every process calls this; the first writes.
 
     Where the files fuse matrices that we keep apart (GPT-2, NeoX, Falcon, Phi-3), their adapters become one of the summed
     rank with zeros off the diagonal blocks: the same function, declared in rank_pattern and alpha_pattern.
 
     Args:
         adapter: tree of lora_a and lora_b, and perhaps "score"; base: name or directory of the base model.
+        calibration: of a reward model, written beside them.
     """
+    adapter = jax.tree.map(host, adapter)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    targets = set()
-    for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
-        pairs = [_find(adapter, part.leaf[:-1], part.index) for part in stored.parts]
-        if stored.parts[0].leaf[-1] != "kernel" or not any(pairs):
-            continue
+    for name, stored, pairs in _adapted(spec, adapter):
         if stored.inputs is None:
             raise UserError(f"{name}: PEFT has no layout for adapters of experts that share a tensor; merge the adapter instead")
         module = name.removesuffix(".weight")
         a, b = _fuse(stored, pairs, lora.rank)
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
-        targets.add(module.rsplit(".", 1)[-1])
         if len(a) != lora.rank:
             ranks[module] = len(a)
+    targets = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}
+    own = scalar_name(family_of(spec.model_type), head)
     for name, value in adapter.get("score", {}).items():
-        tensors[f"{PREFIX}score.{'weight' if name == 'kernel' else name}"] = np.asarray(value, np.float32).T
-    tasks = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "value": "TOKEN_CLS"}
+        tensors[f"{PREFIX}{own}.{'weight' if name == 'kernel' else name}"] = np.ascontiguousarray(value.T, np.float32)
     content = {
         "peft_type": "LORA",
-        "task_type": tasks[head],
+        "task_type": {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "value": "TOKEN_CLS"}[head],
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": sorted(targets),
         "rank_pattern": ranks,
         "alpha_pattern": {module: lora.alpha * rank / lora.rank for module, rank in ranks.items()},
-        "modules_to_save": ["score"] if "score" in adapter else None,
+        "modules_to_save": [own] if "score" in adapter else None,
         "fan_in_fan_out": spec.model_type == "gpt2",
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
+    if jax.process_index():
+        return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     st.write(path / FILE, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
     (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if calibration is not None:
+        (path / CALIBRATION).write_text(json.dumps(calibration._asdict()) + "\n", encoding="utf-8")
 
 
-def _find(adapter: Params, path: tuple[str, ...], index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+def _adapted(spec: Spec, adapter: Params) -> list[tuple[str, Stored, list]]:
+    """The stored matrices that have an adapter, each with the pairs (lora_a, lora_b or None) of its parts."""
+    found = []
+    for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
+        pairs = [_find(adapter, part.leaf[:-1], part.index) for part in stored.parts]
+        if stored.parts[0].leaf[-1] == "kernel" and any(pair is not None for pair in pairs):
+            found.append((name, stored, pairs))
+    return found
+
+
+def _find(adapter: Params, path: tuple[str, ...], index: tuple[int, ...]) -> tuple[Any, Any] | None:
     for name in path:
         if name not in adapter:
             return None
         adapter = adapter[name]
     if "lora_a" not in adapter:
         return None
-    return np.asarray(adapter["lora_a"][index], np.float32), np.asarray(adapter["lora_b"][index], np.float32)
+    return adapter["lora_a"][index], adapter["lora_b"][index]
 
 
 def _fuse(stored: Stored, pairs: list, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +202,7 @@ def _fuse(stored: Stored, pairs: list, rank: int) -> tuple[np.ndarray, np.ndarra
 
 
 def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any = jnp.float32) -> Adapter:
-    """Read an adapter in PEFT layout.
+    """Read an adapter in PEFT layout. Matrices of smaller rank than others in their stack are filled up with zeros.
 
     Raises:
         UserError: a tensor does not belong to the model or has another shape, or the adapter is of a kind that is not LoRA.
@@ -177,44 +211,62 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
     found = dirs.read_json(directory / CONFIG)
     if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("bias", "none") != "none":
         raise UserError(f"{directory / CONFIG}: only plain LoRA without biases is supported (no DoRA, peft_type LORA)")
+    if not (directory / FILE).is_file():
+        raise UserError(f"{directory}: has no {FILE}; save the adapter as safetensors")
     reader = st.Reader(directory / FILE)
     arrays = {name.removeprefix(PREFIX): reader.array(name).astype(np.float32) for name in reader.entries}
     default = _scaling(found, None)
-    table = leaves(spec, head)
-    params: Params = {}
+    places: dict[tuple[str, ...], list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]] = {}
     for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
         module = name.removesuffix(".weight")
-        a, b = arrays.pop(f"{module}.lora_A.weight", None), arrays.pop(f"{module}.lora_B.weight", None)
-        if a is None or b is None:
+        a, b = arrays.get(f"{module}.lora_A.weight"), arrays.get(f"{module}.lora_B.weight")
+        if a is None or b is None or stored.inputs is None:
             continue
+        del arrays[f"{module}.lora_A.weight"], arrays[f"{module}.lora_B.weight"]
+        inputs, outputs = stored.shape[stored.inputs], stored.shape[1 - stored.inputs]
+        if a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
+            raise UserError(
+                f"{directory}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
+                f"must be [rank, {inputs}] and [{outputs}, rank]"
+            )
         b = b * (_scaling(found, module) / default)
         b = b if stored.inputs == 1 else b.T
         for part in stored.parts:
-            kernel = _leaf(table, part.leaf)
-            node = _node(params, part.leaf[:-1])
-            lead, (inputs, outputs) = kernel.shape[: len(part.index)], kernel.shape[len(part.index) :]
-            if a.shape != (len(a), inputs):
-                raise UserError(f"{directory}: {module}.lora_A.weight has shape {list(a.shape)}; must be [rank, {inputs}]")
-            if "lora_a" not in node:
-                node["lora_a"] = np.zeros((*lead, inputs, len(a)), np.float32)
-                node["lora_b"] = np.zeros((*lead, len(a), outputs), np.float32)
-            node["lora_a"][part.index] = a.T
-            node["lora_b"][part.index] = part.view(b).reshape(len(a), outputs)
-    for name in ("weight", "bias"):
-        value = arrays.pop(f"score.{name}", None)
-        if value is not None:
-            params.setdefault("score", {})["kernel" if name == "weight" else "bias"] = value.T
+            places.setdefault(part.leaf[:-1], []).append((part.index, a.T, part.view(b).reshape(len(a), -1)))
+    table, params = leaves(spec, head), {}
+    for leaf, pairs in places.items():
+        kernel, rank, (lead, _, _) = _leaf(table, (*leaf, "kernel")), max(a.shape[1] for _, a, _ in pairs), pairs[0]
+        node = _node(params, leaf)
+        node["lora_a"] = np.zeros((*kernel.shape[: len(lead)], kernel.shape[-2], rank), np.float32)
+        node["lora_b"] = np.zeros((*kernel.shape[: len(lead)], rank, kernel.shape[-1]), np.float32)
+        for index, a, b in pairs:
+            node["lora_a"][index][:, : a.shape[1]] = a
+            node["lora_b"][index][: len(b)] = b
+    for name in [name for name in arrays if name.rpartition(".")[0] in ("score", "classifier")]:
+        params.setdefault("score", {})["kernel" if name.endswith("weight") else "bias"] = arrays.pop(name).T
     if arrays:
         names = sorted(arrays)
         raise UserError(
             f"{directory}: {len(names)} tensors do not belong to this {spec.model_type} model: {', '.join(names[:5])}"
         )
-    return Adapter(jax.tree.map(lambda x: jnp.asarray(x, dtype), params), default)
+    kept = directory / CALIBRATION
+    calibration = Calibration(**dirs.read_json(kept)) if kept.is_file() else Calibration()
+    return Adapter(
+        jax.tree.map(lambda x: jnp.asarray(x, dtype), params), default, found.get("base_model_name_or_path"), calibration
+    )
 
 
 def _scaling(content: dict[str, Any], module: str | None) -> float:
-    rank = (content.get("rank_pattern") or {}).get(module, content["r"])
-    alpha = (content.get("alpha_pattern") or {}).get(module, content["lora_alpha"])
+    """alpha / rank of a module, by the patterns that PEFT matches with the end of its name."""
+
+    def value(patterns: dict[str, Any] | None, default: Any) -> Any:
+        try:
+            found = [v for key, v in (patterns or {}).items() if module and re.fullmatch(rf"(.*\.)?({key})", module)]
+        except re.error as error:
+            raise UserError(f"{CONFIG}: a pattern of rank_pattern or alpha_pattern is no regular expression: {error}") from None
+        return found[0] if found else default
+
+    rank, alpha = value(content.get("rank_pattern"), content["r"]), value(content.get("alpha_pattern"), content["lora_alpha"])
     return alpha / math.sqrt(rank) if content.get("use_rslora") else alpha / rank
 
 

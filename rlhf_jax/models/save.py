@@ -18,7 +18,7 @@ from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.export_config import export_config
 from rlhf_jax.models.families import family_of
 from rlhf_jax.models.load import is_foreign
-from rlhf_jax.models.rules import Part, Stored, stored_tensors
+from rlhf_jax.models.rules import Family, Part, Stored, stored_tensors
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Calibration, Params
 
@@ -105,7 +105,7 @@ def _write_weights(
     plan: dict[str, Stored | str] = dict(stored_tensors(spec, family.rules(spec), "lm" if head == "lm" else "none"))
     shapes: dict[str, Any] = {name: (stored.shape, dtype) for name, stored in plan.items() if isinstance(stored, Stored)}
     if head != "lm":
-        own = family.value_name if head == "value" and family.value is not None else "score"
+        own = scalar_name(family, head)
         for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
             if leaf in params["score"]:
                 name, shape = f"{own}.{suffix}", params["score"][leaf].shape[::-1]
@@ -143,11 +143,17 @@ def _tensors(shapes: dict, plan: dict, params: Params, towers: dirs.Tensors | No
             for key in part.leaf:
                 leaf = leaf[key]
             view = part.view(out)
-            np.copyto(view, _host(leaf[part.index] if part.index else leaf).reshape(view.shape), casting="unsafe")
+            np.copyto(view, host(leaf[part.index] if part.index else leaf).reshape(view.shape), casting="unsafe")
         yield name, out
 
 
-def _host(x: Any) -> np.ndarray:
+def scalar_name(family: Family, head: str) -> str:
+    """What transformers calls the scalar head of a reward model or critic."""
+    return family.value_name if head == "value" and family.value is not None else "score"
+
+
+def host(x: Any) -> np.ndarray:
+    """A whole array on the host, gathered where other processes hold parts of it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)

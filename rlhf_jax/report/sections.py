@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.errors import without_secrets
 from rlhf_jax.evaluate import wilson
 from rlhf_jax.progress import duration
 from rlhf_jax.report.curves import COST_CHARTS, figures, folded
@@ -227,8 +228,7 @@ def _redacted(config: str) -> str:
     """Passwords inside addresses, and values of keys that name a secret, are nobody's business."""
     import re
 
-    config = re.sub(r"(://)[^/@\s]+@", r"\1…@", config)
-    return re.sub(r"(?im)^(\s*[\w-]*(?:token|password|secret|api_key)\s*:\s*)\S.*$", r"\1…", config)
+    return re.sub(r"(?im)^(\s*[\w-]*(?:token|password|secret|api_key)\s*:\s*)\S.*$", r"\1…", without_secrets(config))
 
 
 def _differences(group: Sequence[StageRun]) -> str:

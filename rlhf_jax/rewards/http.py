@@ -1,13 +1,17 @@
 """Scores from a server: POST {"prompts": [...], "responses": [...], "finished": [...], "columns": {...}} -> {"scores": [...]}.
 
-The answer may also be the bare list. A failure is never a score: after bounded retries the run stops with a message.
+The answer may also be the bare list. A failure is never a score: after bounded retries the run stops with a message. A server
+that asks who is calling gets the token in the environment variable RLHF_JAX_REWARD_TOKEN; a run file is no place for one.
 """
 
+import contextlib
 import functools
 import http.client
 import json
+import os
 import random
 import socket
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -102,16 +106,32 @@ def _exchange(parts: urllib.parse.SplitResult, body: bytes, timeout_s: float) ->
     connection = make(parts.hostname or "", parts.port, timeout=CONNECT_S)
     deadline = time.monotonic() + CONNECT_S + timeout_s
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    over = threading.Event()
+    late = threading.Timer(CONNECT_S + timeout_s, _hang_up, (connection, over))  # for headers that trickle in, byte by byte
+    late.daemon = True
     try:
         connection.connect()
         connection.sock.settimeout(timeout_s)
-        connection.request("POST", target, body, {"Content-Type": "application/json", "Accept": "application/json"})
-        response = connection.getresponse()
-        return response.status, response.getheader("Location"), _limited(response, connection.sock, deadline)
+        late.start()
+        token = os.environ.get("RLHF_JAX_REWARD_TOKEN")
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        connection.request("POST", target, body, headers | ({"Authorization": f"Bearer {token}"} if token else {}))
+        with connection.getresponse() as response:
+            answer = response.status, response.getheader("Location"), _limited(response, connection.sock, deadline)
+        if over.is_set():  # what was there when the line went dead may look whole
+            raise TimeoutError("the answer took too long")
+        return answer
     except (TimeoutError, ConnectionError, socket.gaierror, http.client.HTTPException, OSError) as error:
         raise _Retry(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
     finally:
+        late.cancel()
         connection.close()
+
+
+def _hang_up(connection: http.client.HTTPConnection, over: threading.Event) -> None:
+    over.set()
+    with contextlib.suppress(OSError, AttributeError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _limited(response: http.client.HTTPResponse, sock: Any, deadline: float) -> bytes:

@@ -120,8 +120,10 @@ def stops(config: Path, stage: str, *, devices: int, times: int, say: Callable[[
         process.terminate()
         status, text = stages.finish(process)
         last = stages.rows(out / "metrics.jsonl")[-1]["step"]
-        saved = int((out / "checkpoints" / "LATEST").read_text())
-        fine = status == 143 and saved == last and f"step {saved} is saved" in text
+        latest = out / "checkpoints" / "LATEST"
+        saved = int(latest.read_text()) if latest.exists() else 0  # asked before the first step there is nothing to save
+        told = f"step {saved} is saved" if saved else "nothing new to save"
+        fine = status == 143 and saved == last and told in text
         good += fine
         verdict = f"{stage} on {devices}: stop {number + 1}: status {status}, last step {last}, saved {saved}"
         notes += [] if fine else [verdict]

@@ -145,7 +145,13 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     41: ("learning rate 1e30", (_ONLINE + "row_41_updates_that_explode_are_skipped_and_the_run_stops_after_three",)),
     42: ("no answer ever ends", (_EQUAL,)),
-    43: ("out of memory", (_RUNS + "row_43_out_of_memory_names_the_phase_and_three_keys",)),
+    43: (
+        "out of memory",
+        (
+            _RUNS + "row_43_out_of_memory_names_the_phase_and_three_keys",
+            _ONLINE + "row_43_each_program_that_runs_out_of_memory_is_named",
+        ),
+    ),
     44: ("a hung step", (_RUNS + "row_44_a_hung_step_prints_stacks_and_ends_with_75",)),
     45: (
         "paths that lead outside, alias bomb, pickle named .safetensors",

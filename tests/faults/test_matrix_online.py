@@ -1,10 +1,12 @@
 """Rows 5 and 37-42 of the fault matrix with PPO: asked to stop in a rollout, rewards that fail or teach nothing, explosions."""
 
+import dataclasses
 import os
 import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -105,6 +107,30 @@ def test_rows_39_and_40_a_server_that_is_down_ends_the_run_within_bounds(command
     assert status == 2
     assert "127.0.0.1:9" in text
     assert time.monotonic() - began < 120
+
+
+@pytest.mark.parametrize(
+    ("program", "phase"), [("rollout", "rollout"), ("reward", "score"), ("score", "score"), ("learn", "update")]
+)
+def test_row_43_each_program_that_runs_out_of_memory_is_named(command, ppo, monkeypatch, program, phase):
+    """At its second call where an evaluation calls it before the first step, else at its first."""
+    write_reward(ppo)
+    made, calls = online.setups.set_up_online, []
+
+    def run_out(*_):
+        calls.append(0)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+
+    def set_up(plan):
+        setup = made(plan)
+        return dataclasses.replace(setup, do={**setup.do, program: run_out})
+
+    monkeypatch.setattr(online.setups, "set_up_online", set_up)
+    monkeypatch.setattr(online, "evaluate", lambda setup, state, session, step: state)
+    status, text = command("ppo", ppo, "steps=1")
+    assert (status, len(calls)) == (2, 1)
+    assert f"out of memory in phase {phase}: RESOURCE_EXHAUSTED" in text
+    assert "actor and optimiser: 0.00 GB" in text
 
 
 def test_rows_38_and_42_equal_scores_and_answers_without_an_end_raise_alarms_and_stay_finite(command, ppo):

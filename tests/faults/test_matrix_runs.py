@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from rlhf_jax import checkpoint, health, integrity, offline
+from rlhf_jax import checkpoint, health, integrity, offline, setups
 from rlhf_jax.checkpoint import read_digest
 from tests.faults import stages
 
@@ -211,16 +212,30 @@ def test_row_21_a_second_process_in_the_same_directory_is_refused(command, inter
     assert f"in use by process {os.getpid()} on {os.uname().nodename}" in text
 
 
-def test_row_43_out_of_memory_names_the_phase_and_three_keys(command, sft, monkeypatch):
-    def finish(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
+def run_out(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
 
-    monkeypatch.setattr(offline.jax, "block_until_ready", finish)
-    status, text = command("sft", sft)
+
+@pytest.mark.parametrize("place", ["a step", "the last step before a pause", "an evaluation", "the export", "loading"])
+def test_row_43_out_of_memory_names_the_phase_and_three_keys(command, sft, monkeypatch, place):
+    owner, name, phase, keys = {
+        "a step": (offline.jax, "block_until_ready", "train", ["save.every=3"]),
+        "the last step before a pause": (offline.jax, "block_until_ready", "train", ["save.every=1"]),
+        "an evaluation": (offline, "_evaluate", "train", []),
+        "the export": (offline.build, "export", "export", ["steps=1"]),
+        "loading": (setups, "set_up_offline", "load", []),
+    }[place]
+    monkeypatch.setattr(owner, name, run_out)
+    status, text = command("sft", sft, *keys)
     assert status == 2
-    assert "out of memory in phase train" in text
-    assert "model and optimiser: " in text
-    assert "micro_batches (raise it), model.remat (full), data.max_tokens" in text
+    assert f"out of memory in phase {phase}: RESOURCE_EXHAUSTED" in text
+    assert re.search(r"resident on each device \(0\.00 GB\):\n  model( and optimiser)?: 0\.00 GB", text)
+    three = {
+        "train": "micro_batches (raise it), model.remat (full), data.max_tokens",
+        "export": "model.lora, model.param_dtype (bfloat16), mesh.fsdp",
+        "load": "model.param_dtype (bfloat16), mesh.fsdp (more devices), model.lora",
+    }
+    assert f"Lower, in this order: {three[phase]}" in text
 
 
 def test_row_44_a_hung_step_prints_stacks_and_ends_with_75(command, sft, monkeypatch):

@@ -16,7 +16,7 @@ from rlhf_jax.config import Lora
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import load_checkpoint, lora, make_model, roles
 from rlhf_jax.models import safetensors_file as st
-from rlhf_jax.types import join
+from rlhf_jax.types import Calibration, join
 
 SETTINGS = Lora(rank=3, alpha=6.0)
 SCALE = 2.0
@@ -110,6 +110,32 @@ def test_actor_critic_and_reward_model_share_one_base(tmp_path):
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradient))
 
 
+def test_ranks_and_scales_that_differ_by_matrix_are_read_as_peft_reads_them(tmp_path):
+    """Patterns match the end of a module's name; a stack takes its largest rank, the others are filled up with zeros."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "llama"))
+    adapter = trained(found.spec, settings=Lora(rank=4, alpha=8.0, targets=("q", "down")))
+    q = adapter["layers"]["attention"]["q"]
+    q["lora_a"], q["lora_b"] = q["lora_a"].at[0, :, 2:].set(0.0), q["lora_b"].at[0, 2:].set(0.0)
+    lora.save_adapter(tmp_path / "adapter", found.spec, adapter, Lora(rank=4, alpha=8.0), base="org/base")
+    file, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    tensors = {name: np.array(st.Reader(file).array(name)) for name in st.Reader(file).entries}
+    for name in [name for name in tensors if "layers.0.self_attn.q_proj" in name]:
+        tensors[name] = tensors[name][:2] if "lora_A" in name else np.ascontiguousarray(tensors[name][:, :2] / 3)
+    st.write(file, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    changes = {"rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2}, "alpha_pattern": {"0.self_attn.q_proj": 12.0}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))  # 12 / 2 is three times 8 / 4
+    again = lora.load_adapter(tmp_path / "adapter", found.spec)
+    assert (again.scale, again.base) == (2.0, "org/base")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again.params, adapter)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rank_pattern": {"(": 2}}))
+    with pytest.raises(UserError, match="no regular expression"):
+        lora.load_adapter(tmp_path / "adapter", found.spec)
+    tensors = {name: x[:, :5] if "lora_A" in name else x for name, x in tensors.items()}
+    st.write(file, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    with pytest.raises(UserError, match=r"must be \[rank, 32\]"):
+        lora.load_adapter(tmp_path / "adapter", found.spec)
+
+
 def test_a_score_head_travels_with_the_adapter(tmp_path):
     found = load_checkpoint(ref.checkpoint(tmp_path, "llama"), head="value", zero_head=True)
     adapter = trained(found.spec) | {"score": {"kernel": jnp.ones((32, 1)), "bias": jnp.ones(1)}}
@@ -119,6 +145,15 @@ def test_a_score_head_travels_with_the_adapter(tmp_path):
     assert content["modules_to_save"] == ["score"]
     again = lora.load_adapter(tmp_path / "adapter", found.spec, head="value")
     jax.tree.map(np.testing.assert_array_equal, again.params, adapter)
+    assert again.calibration == Calibration()
+    gpt2 = load_checkpoint(ref.checkpoint(tmp_path, "gpt2"), head="value", zero_head=True)
+    adapter = trained(gpt2.spec) | {"score": {"kernel": jnp.ones((32, 1)), "bias": jnp.ones(1)}}
+    lora.save_adapter(tmp_path / "gpt2-critic", gpt2.spec, adapter, SETTINGS, head="value", calibration=Calibration(0.5, 2.0))
+    content = json.loads((tmp_path / "gpt2-critic" / "adapter_config.json").read_text())
+    assert content["modules_to_save"] == ["classifier"]  # as transformers calls it there
+    again = lora.load_adapter(tmp_path / "gpt2-critic", gpt2.spec, head="value")
+    np.testing.assert_array_equal(again.params["score"]["kernel"], 1.0)
+    assert again.calibration == Calibration(0.5, 2.0)
 
 
 def test_targets_and_adapters_that_do_not_fit(tmp_path):

@@ -1,6 +1,8 @@
 """A reward server that is down, slow, wrong, huge or elsewhere: bounded retries, then one message."""
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: list[tuple[int, dict[str, str], bytes]] = []
         self.requests: list[tuple[str, Any]] = []
+        self.authorizations: list[str | None] = []
         self.delay_s = self.trickle_s = 0.0
         owner = self
 
@@ -31,6 +34,7 @@ class Server:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 owner.requests.append((self.path, json.loads(body)))
+                owner.authorizations.append(self.headers["Authorization"])
                 status, headers, answer = owner.answers[min(len(owner.requests), len(owner.answers)) - 1]
                 time.sleep(owner.delay_s)
                 self.send_response(status)
@@ -170,6 +174,38 @@ def test_a_body_that_trickles_in_is_cut_off(server: Server, monkeypatch: pytest.
     with pytest.raises(RewardError, match=r"took too long.*4 attempts"):
         _ask(server, timeout_s=0.1)
     assert time.monotonic() - begun < 5
+
+
+def test_headers_that_trickle_in_are_cut_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlhf_jax.rewards.http.CONNECT_S", 0.1)
+
+    def trickle(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                    while True:
+                        connection.sendall(b"x")
+                        time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = threading.Thread(target=trickle, args=(listener,), daemon=True)
+        sender.start()
+        begun = time.monotonic()
+        with pytest.raises(RewardError, match="4 attempts"):
+            http_reward(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.1, sleep=[].append)(BATCH)
+        assert time.monotonic() - begun < 5
+        listener.shutdown(socket.SHUT_RDWR)
+        sender.join()
+
+
+def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch):
+    server.gives((200, [1, 2]))
+    _ask(server)
+    monkeypatch.setenv("RLHF_JAX_REWARD_TOKEN", "t0ken")
+    _ask(server)
+    assert server.authorizations == [None, "Bearer t0ken"]
 
 
 def test_a_body_that_breaks_off_is_tried_again(server: Server):

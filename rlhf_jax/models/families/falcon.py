@@ -57,4 +57,4 @@ def rules(spec: Spec) -> list[Rule]:
     ]
 
 
-FALCON = Family(spec, rules, "Falcon", prefix="transformer.", value_name="classifier", loads="Falcon 1B, 7B, 11B, 40B, RW")
+FALCON = Family(spec, rules, "Falcon", prefix="transformer.", value_name="classifier", loads="Falcon 1B, 7B, 11B, 40B, 180B, RW")

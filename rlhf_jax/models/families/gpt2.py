@@ -48,5 +48,11 @@ def rules(spec: Spec) -> list[Rule]:
 
 
 GPT2 = Family(
-    spec, rules, "GPT2", lm="GPT2LMHeadModel", prefix="transformer.", value_name="classifier", loads="GPT-2, DistilGPT-2"
+    spec,
+    rules,
+    "GPT2",
+    lm="GPT2LMHeadModel",
+    prefix="transformer.",
+    value_name="classifier",
+    loads="GPT-2 82M to 1.5B",
 )

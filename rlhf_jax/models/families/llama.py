@@ -77,5 +77,5 @@ LLAMA = Family(
     spec,
     rules,
     "Llama",
-    loads="Llama 2, 3, 3.1, 3.2, 3.3; SmolLM, SmolLM2, Yi, TinyLlama, DeepSeek-R1-Distill-Llama",
+    loads="Llama 2, 3, 3.1, 3.2, 3.3 1B to 405B; SmolLM 1 and 2 135M to 1.7B, TinyLlama 1.1B, Yi, DeepSeek-R1-Distill-Llama",
 )

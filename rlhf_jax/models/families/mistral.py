@@ -33,6 +33,6 @@ def mixtral_rules(spec: Spec) -> list[Rule]:
     return llama.rules(spec) + dense(f"{theirs}.gate", f"{ours}/router") + experts
 
 
-MISTRAL = Family(mistral_spec, llama.rules, "Mistral", loads="Mistral 7B v0.1 to v0.3, Nemo, Small; Zephyr")
+MISTRAL = Family(mistral_spec, llama.rules, "Mistral", loads="Mistral 7B v0.1 to v0.3, Nemo 12B, Small 24B; Zephyr 7B")
 MINISTRAL = Family(ministral_spec, llama.rules, "Ministral", loads="Ministral 8B")
 MIXTRAL = Family(mixtral_spec, mixtral_rules, "Mixtral", loads="Mixtral 8x7B, 8x22B")

@@ -44,4 +44,4 @@ def rules(spec: Spec) -> list[Rule]:
     ]
 
 
-PHI = Family(spec, rules, "Phi", loads="Phi-1, 1.5, 2")
+PHI = Family(spec, rules, "Phi", loads="Phi-1, 1.5 1.3B, Phi-2 2.7B")

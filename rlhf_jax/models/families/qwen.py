@@ -50,6 +50,6 @@ def old_moe_config(config: dict[str, Any], parameters: dict[str, Any]) -> dict[s
     return {"num_experts": config.get("num_local_experts") or config.get("num_experts")}
 
 
-QWEN2 = Family(qwen2_spec, llama.rules, "Qwen2", loads="Qwen 1.5, 2, 2.5, QwQ, DeepSeek-R1-Distill-Qwen")
-QWEN3 = Family(qwen3_spec, llama.rules, "Qwen3", loads="Qwen 3, 0.6B to 32B")
+QWEN2 = Family(qwen2_spec, llama.rules, "Qwen2", loads="Qwen 1.5, 2, 2.5 0.5B to 110B, QwQ 32B, DeepSeek-R1-Distill-Qwen")
+QWEN3 = Family(qwen3_spec, llama.rules, "Qwen3", loads="Qwen 3 0.6B to 32B")
 QWEN3_MOE = Family(qwen3_moe_spec, moe_rules, "Qwen3Moe", old_config=old_moe_config, loads="Qwen3-30B-A3B, Qwen3-235B-A22B")
