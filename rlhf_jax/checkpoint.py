@@ -11,6 +11,7 @@ Order of a save: copy to the host -> Orbax writes `30.partial/` in the backgroun
 -> `30.partial` becomes `30` -> LATEST -> older checkpoints are retired. A kill between any two loses at most the save itself.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -59,6 +60,7 @@ class Checkpoints:
             raise UserError(f"save.keep_last is {keep_last}: keep at least 1 checkpoint")
         if keep_every is not None and keep_every < 1:
             raise UserError(f"save.keep_every is {keep_every}: give a number of steps >= 1, or null")
+        logging.getLogger("absl").addFilter(_not_twice)
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_every, self._say = keep_last, keep_every, say
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -211,6 +213,8 @@ class Checkpoints:
                 aside = shelf.free_name(final, shelf.BROKEN)
                 final.rename(aside)
                 self._say(f"{final} was not the checkpoint this run started from; kept as {aside.name}")
+            if partial.exists():
+                shelf.delete(partial)
             partial.mkdir(parents=True)
             (partial / shelf.MARKER).write_text(shelf.MARKER_TEXT)
             (partial / shelf.DESCRIPTION).write_text(description)
@@ -248,8 +252,9 @@ class Checkpoints:
             shelf.delete(doomed)
 
     def _discard_partial(self, step: int) -> None:
-        if processes.is_writer():
-            shelf.delete(self.directory / f"{step}{shelf.PARTIAL}")
+        with contextlib.suppress(OSError):  # threads of the failed save may still be writing; the next start sweeps
+            if processes.is_writer():
+                shelf.delete(self.directory / f"{step}{shelf.PARTIAL}")
 
     def _explain(self, step: int, size: int, error: BaseException) -> str:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
@@ -257,6 +262,11 @@ class Checkpoints:
         remedy = f"Free {size_text(int(size * 1.05))} (the disk is full), " if full else "Make the directory writable, "
         again = "then give the same command again."
         return f"checkpoint {step} could not be written below {self.directory}: {cause}\n{remedy}{again} {self._what_is_left()}"
+
+
+def _not_twice(record: logging.LogRecord) -> bool:
+    """False for Orbax's own account of an error in a save, a traceback a thread: the error itself is handed to us, and told."""
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def state_digest(state: Any) -> str:

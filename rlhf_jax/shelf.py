@@ -12,6 +12,7 @@ FORMAT = 1
 MARKER = "rlhf_jax_checkpoint"  # a directory without this file is never renamed or deleted by us
 MARKER_TEXT = "A checkpoint of rlhf_jax. Directories without this file are never renamed or deleted by it.\n"
 DESCRIPTION = "checkpoint.json"
+_STATE = ("state", "state.orbax-checkpoint-tmp")
 PARTIAL, RETIRED, BROKEN = ".partial", ".deleting", ".broken"
 
 
@@ -30,7 +31,10 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def delete(path: Path) -> bool:
-    """Remove a directory that carries our marker (the marker goes last), or an empty one; nothing else."""
+    """Remove a directory that carries our marker (the marker goes last), or holds at most Orbax's directory; nothing else.
+
+    The latter is what threads of a save that failed put back when it was removed already.
+    """
     if path.is_symlink() or not path.is_dir():
         return False
     if (path / MARKER).is_file():
@@ -42,8 +46,12 @@ def delete(path: Path) -> bool:
             else:
                 entry.unlink()
         (path / MARKER).unlink()
-    elif any(path.iterdir()):
-        return False
+    else:
+        entries = list(path.iterdir())
+        if any(entry.name not in _STATE or entry.is_symlink() or not entry.is_dir() for entry in entries):
+            return False
+        for entry in entries:
+            shutil.rmtree(entry)
     path.rmdir()
     return True
 

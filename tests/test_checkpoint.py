@@ -284,6 +284,22 @@ def test_left_overs_of_a_kill_are_removed_and_told_and_nothing_else_is(folder, s
     ]
 
 
+def test_what_threads_of_a_failed_save_put_back_is_removed_by_the_next(folder, state):
+    """A disk that was really full left `40.partial` without its marker, and every later start failed on it."""
+    for name in ("40.partial", "41.partial"):
+        (folder / name / "state.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+        (folder / name / "state.orbax-checkpoint-tmp" / "d" / "half").write_text("…")
+    (folder / "41.partial" / "state").symlink_to(folder / "30")
+    told = []
+    with Checkpoints(folder, say=told.append) as checkpoints:
+        restored = checkpoints.restore(state)
+        (folder / "40.partial" / "state" / "d").mkdir(parents=True)  # and again, within one process
+        checkpoints.save(40, restored.state)
+    assert told == [f"removed {folder / '40.partial'}: left over from a save that was interrupted"]
+    assert checkpoints.steps()[-1] == 40
+    assert (folder / "41.partial" / "state").is_symlink()
+
+
 def test_a_link_is_no_checkpoint(folder, state, tmp_path):
     (folder / "30").rename(tmp_path / "elsewhere")
     (folder / "30").symlink_to(tmp_path / "elsewhere")

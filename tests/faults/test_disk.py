@@ -35,6 +35,8 @@ def test_row_15_a_disk_that_is_really_full_keeps_the_older_checkpoint(tmp_path):
     words = [sys.executable, "-c", textwrap.dedent(CODE), str(tmp_path / "checkpoints")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) <= 15
     assert "checkpoint 2 could not be written below" in done.stdout
     assert "Checkpoint 1 is intact." in done.stdout
     assert done.stdout.splitlines()[-1] == "1"
