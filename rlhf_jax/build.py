@@ -122,7 +122,7 @@ def load(
     mesh: Mesh,
     *,
     head: str,
-    key: jax.Array,
+    key: jax.Array | None,
     real_vocab: int | None,
     path: str | None,
     trained: bool = True,
@@ -134,7 +134,7 @@ def load(
 
     Args:
       head: "lm", "score" or "value"; a head that the directory lacks is drawn at random (zero with zero_head).
-      key: of what is drawn: random weights, a new head, an adapter.
+      key: of what is drawn: random weights, a new head, an adapter; None: a directory that lacks the head is refused.
       trained: as in `abstract_part`.
       base: the frozen tree of another model of the same architecture, shared instead of loaded again (LoRA).
       adapter: directory in PEFT layout: what the adapter (and a scalar head in it) begins with.

@@ -21,6 +21,7 @@ EXTRAS = {
     "wandb": "wandb",
     "trackio": "trackio",
     "mlflow": "mlflow",
+    "serve": "uvicorn",
 }
 GIB = 2**30
 

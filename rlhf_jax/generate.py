@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import build, config, parallel, sampling, setups
+from rlhf_jax import build, config, models, parallel, sampling, setups
 from rlhf_jax.build import Loaded
-from rlhf_jax.data.formats import Message
+from rlhf_jax.data.formats import ASSISTANT, HUMAN, Message
 from rlhf_jax.data.sources import open_source
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Prompts
 
+PLAIN_CHAT = f"no chat template: answers continue a plain transcript ({HUMAN!r}, {ASSISTANT!r}) and end before {HUMAN!r}"
 _ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
@@ -47,10 +48,17 @@ class Answer:
 
 
 def open_model(
-    path: str | Path, settings: config.Model | None = None, *, mesh: config.Mesh | None = None, chat_template: str | None = None
+    path: str | Path,
+    settings: config.Model | None = None,
+    *,
+    mesh: config.Mesh | None = None,
+    devices: list[jax.Device] | None = None,
+    chat_template: str | None = None,
 ) -> Generator:
-    """Load a language model and its tokenizer; UserError where the directory is not one."""
-    where = parallel.make_mesh(mesh or config.Mesh())
+    """Load a language model and its tokenizer, on all devices or on those given; UserError where the directory is not one."""
+    if models.has_scalar_head(path):
+        raise UserError(f"{path} is a reward model or a critic: it scores answers and gives none; name a language model")
+    where = parallel.make_mesh(mesh or config.Mesh(), devices)
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     settings = settings or config.Model(path=str(path))
     loaded = build.load(
@@ -102,6 +110,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, start=True)
     return tokenizer.apply_chat(prompt, add_generation_prompt=True)[0]
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], tuple[str, ...]]:
+    """Ids that the assistant's next answer continues, and the strings that end it beside end-of-sequence.
+
+    Without a chat template (`PLAIN_CHAT`) the messages become a transcript, and the next human turn is where the answer stops.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer.apply_chat(messages, add_generation_prompt=True)[0], ()
+    marks = {"user": HUMAN + " ", "assistant": ASSISTANT + " "}
+    text = "".join(marks.get(message["role"], "\n\n") + message["content"].strip() for message in messages)
+    return tokenizer.encode(text.removeprefix("\n\n") + ASSISTANT, start=True), (HUMAN,)
 
 
 def generate(

@@ -35,7 +35,7 @@ FLOORS = {
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
     "testing": {"testing"},
-    "assembly": {"build", "programs", "setups", "session", "fit", "generate", "export"},
+    "assembly": {"build", "programs", "setups", "session", "fit", "generate", "export", "streaming", "scorer", "chat", "serving"},
     "loops": {"online", "offline", "quickstart"},
     "commands": {"cli", "__main__"},
 }

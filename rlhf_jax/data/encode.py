@@ -40,10 +40,10 @@ def encode(row: Row, purpose: Purpose, tokenizer: Tokenizer, data: Data, where: 
     for answer, finished in answers:
         if _blank(answer):
             return Example(dropped="empty answer")
-        sequence = _sequence(row.prompt, answer, finished, tokenizer)
-        if True not in sequence.trained:
+        found = sequence(row.prompt, answer, finished, tokenizer)
+        if True not in found.trained:
             return Example(dropped="no assistant tokens to train")
-        fitted = _fit(sequence, purpose, tokenizer, data, where, notes)
+        fitted = _fit(found, purpose, tokenizer, data, where, notes)
         if fitted is None:
             return Example(dropped=_too_long(purpose, data))
         sequences.append(fitted)
@@ -71,7 +71,8 @@ def _prompt(row: Row, tokenizer: Tokenizer, data: Data, where: str) -> Example:
     return Example((TokenSequence(ids, [False] * len(ids)),), tuple(notes))
 
 
-def _sequence(prompt: Text, answer: Text, finished: bool, tokenizer: Tokenizer) -> TokenSequence:
+def sequence(prompt: Text, answer: Text, finished: bool, tokenizer: Tokenizer) -> TokenSequence:
+    """A prompt with its answer, as training and reward models see them; a finished answer ends with end-of-sequence."""
     if isinstance(answer, list):
         before = prompt if isinstance(prompt, list) else []
         ids, trained = tokenizer.apply_chat([*before, *answer], prompt_messages=len(before))

@@ -2,7 +2,7 @@
 
 from rlhf_jax.models.families import FAMILIES, spec_of
 from rlhf_jax.models.known import KNOWN
-from rlhf_jax.models.load import Checkpoint, load_checkpoint, read_spec
+from rlhf_jax.models.load import Checkpoint, has_scalar_head, load_checkpoint, read_spec
 from rlhf_jax.models.rope import at_fixed_length
 from rlhf_jax.models.save import save_checkpoint
 from rlhf_jax.models.scratch import scratch_spec
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Spec",
     "at_fixed_length",
+    "has_scalar_head",
     "load_checkpoint",
     "make_model",
     "read_spec",

@@ -47,6 +47,16 @@ def read_spec(path: str | Path, *, real_vocab: int | None = None) -> Spec:
     return spec_of(dirs.read_config(dirs.find(path)), real_vocab=real_vocab)
 
 
+def has_scalar_head(path: str | Path) -> bool:
+    """True for a reward model or a critic, which cannot answer: config.json names its class.
+
+    Raises:
+        UserError: there is no such directory, or no config.json in it.
+    """
+    classes = dirs.read_config(dirs.find(path)).get("architectures") or [""]
+    return str(classes[0]).endswith(("ForSequenceClassification", "ForTokenClassification"))
+
+
 def load_checkpoint(
     path: str | Path,
     *,

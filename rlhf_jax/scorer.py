@@ -1,0 +1,85 @@
+"""A reward model from a directory that scores texts: for `rlhf-jax serve` and `rlhf-jax evaluate`.
+
+score = (raw - mean) / std at the last token, end-of-sequence included where the answer is finished, as in training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import build, config, models, parallel, scoring
+from rlhf_jax.build import Loaded
+from rlhf_jax.data.encode import sequence
+from rlhf_jax.data.formats import Text
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.types import Rollout
+
+SHORTEST = 32  # tokens; batches are this wide or a power of two times it
+ROWS = 16  # sequences scored at one time
+
+
+@dataclass
+class Scorer:
+    """A loaded reward model."""
+
+    loaded: Loaded
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    max_length: int  # tokens of prompt and answer together
+    compiled: Any  # (params, rollout) -> f32[ROWS]
+
+    def encode(self, prompt: Text, response: str, finished: bool = True) -> list[int]:
+        """Ids of a prompt (text or messages) with its answer. Errors: `UserError` where they are longer than the model takes."""
+        answer: Text = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+        return self.checked(sequence(prompt, answer, finished, self.tokenizer).ids)
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids, where the model takes so many. Errors: `UserError`."""
+        if not 0 < len(ids) <= self.max_length:
+            raise UserError(
+                f"prompt and answer have {len(ids)} tokens and the reward model takes 1 to {self.max_length}; shorten them"
+            )
+        return ids
+
+    def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Scores f32[len(rows)], reward units. A score depends on its own row alone."""
+        found: list[np.ndarray] = []
+        for first in range(0, len(rows), ROWS):
+            part = rows[first : first + ROWS]
+            batch = parallel.place(_batch(part, self.tokenizer.pad_id), parallel.batch_sharding(self.mesh))
+            found.append(np.asarray(parallel.fetch(self.compiled(self.loaded.params, batch)))[: len(part)])
+        return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def open_scorer(
+    path: str | Path, *, mesh: config.Mesh | None = None, devices: list[jax.Device] | None = None, dtype: Any = "float32"
+) -> Scorer:
+    """Load a reward model and its tokenizer; UserError where the directory is none (a language model has no scalar head)."""
+    where = parallel.make_mesh(mesh or config.Mesh(), devices)
+    tokenizer = load_tokenizer(path)
+    settings = config.Model(path=str(path), compute_dtype=dtype)
+    if not models.has_scalar_head(path):
+        raise UserError(f"{path} is a language model, which gives no scores; name a reward model (`rlhf-jax reward` trains one)")
+    loaded = build.load(settings, where, head="score", key=None, real_vocab=tokenizer.vocab_size, path=str(path), trained=False)
+    score = scoring.make_reward_scorer(loaded.model, loaded.calibration)
+    compiled = parallel.compile_step(score, out=parallel.batch_sharding(where))
+    return Scorer(loaded, tokenizer, where, loaded.spec.max_length or 2**31 - 1, compiled)
+
+
+def _batch(rows: Sequence[Sequence[int]], pad_id: int) -> Rollout:
+    """Token lists as right-padded rows of a rollout of which only tokens and mask are read; missing rows hold padding."""
+    width = max(SHORTEST, 1 << (max(map(len, rows)) - 1).bit_length())
+    tokens: Any = np.full((ROWS, width), pad_id, np.int32)
+    mask: Any = np.zeros((ROWS, width), bool)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    none: Any = np.zeros((ROWS, 0), np.float32)
+    count: Any = np.zeros(ROWS, np.int32)
+    return Rollout(
+        tokens=tokens, mask=mask, action_mask=none.astype(bool), finished=count.astype(bool), logprobs=none, index=count
+    )
