@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_jax import __version__
+from rlhf_jax import __version__, cli_models
+from rlhf_jax.cli_models import start as _start
 from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 EXAMPLES = """\b
@@ -50,13 +51,6 @@ class Demo(StrEnum):
     overoptimization = "overoptimization"
 
 
-class Dtype(StrEnum):
-    """What a model computes in when it only answers."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 # stage -> what it trains. A test compares the stages with `config.STAGES`, which would cost 50 ms at every start.
 TRAINING = {
     "sft": "Supervised fine-tuning of a language model.",
@@ -76,14 +70,6 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 StageOption = Annotated[
     str | None, typer.Option(metavar="STAGE", help="What the run file describes; default: told from its keys.")
 ]
-
-
-ModelDir = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory in Hugging Face layout.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-MaxLength = Annotated[
-    int | None, typer.Option(metavar="TOKENS", help="Prompt and answer together; default: what config.json says.")
-]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 
 
 @app.command()
@@ -182,52 +168,8 @@ def generate(
         typer.echo(line)
 
 
-@app.command()
-def chat(
-    model_dir: ModelDir,
-    system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_new_tokens: NewTokens = 512,
-    max_length: MaxLength = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
-    dtype: DtypeOption = Dtype.float32,
-) -> None:
-    """Talk to a model; piped in, one answer a line."""
-    _start("chat").chat(
-        model_dir,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        dtype=dtype.value,
-    )
-
-
-@app.command()
-def serve(
-    model_dir: ModelDir,
-    host: Annotated[str, typer.Option(help="Address; others than this machine's own are for networks you trust.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Name that requests call the model by; default: MODEL_DIR.")] = None,
-    max_new_tokens: NewTokens = 512,
-    max_length: MaxLength = None,
-    dtype: DtypeOption = Dtype.float32,
-    tensor: Annotated[int, typer.Option(min=1, help="Devices that share the model.")] = 1,
-) -> None:
-    """Serve a model as OpenAI's API, or a reward model's scores."""
-    _start("serving").serve(
-        model_dir,
-        host=host,
-        port=port,
-        name=name,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        dtype=dtype.value,
-        tensor=tensor,
-    )
+for _command in cli_models.COMMANDS:
+    app.command()(_command)
 
 
 @app.command()
@@ -313,16 +255,6 @@ def _stage_of(path: Path) -> str:
     from rlhf_jax import config_file
 
     return config_file.stage_of(path)
-
-
-def _start(module: str) -> Any:
-    """Imports the room that does the work, with JAX, after the environment is set."""
-    import importlib
-
-    from rlhf_jax import environment
-
-    environment.prepare()
-    return importlib.import_module(f"rlhf_jax.{module}")
 
 
 def main() -> None:

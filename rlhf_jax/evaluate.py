@@ -1,186 +1,347 @@
-"""Statistics of an evaluation: how sure a number is, and what it would be under another way of sampling. NumPy only."""
+"""How good a model is on a file of prompts: `rlhf-jax evaluate`. Every figure has its confidence interval.
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+    reward         mean over answers, of each reward                               bootstrap over prompts
+    kl             sum over an answer's tokens of KL(model || reference), exact    bootstrap over prompts
+    win_rate       share of pairs of answers of which the model's scores higher    Wilson
+    pass@k         at least one of k answers is right (Chen et al. 2021)           Wilson
+    best of n      reward of the answer, among n, that the first reward picks      bootstrap over prompts
 
+Models are held one after the other (the model with its reference), so that several need no more memory than two.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import yaml
 
-Array = NDArray[np.float64]
+from rlhf_jax import config, estimates, generate, models, parallel, scoring
+from rlhf_jax.data.formats import Text, detect, normalise, render_plain
+from rlhf_jax.data.sources import open_source
+from rlhf_jax.errors import UserError
+from rlhf_jax.estimates import Interval
+from rlhf_jax.generate import Generator, encode_prompt, left_padded
+from rlhf_jax.rewards import REWARDS, make_reward
+from rlhf_jax.scorer import open_scorer
+from rlhf_jax.types import Frozen, Prompts, RewardInput
+
+Array = Any  # numpy, [prompts, answers of each]
+ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
-class Interval(NamedTuple):
-    """An estimate and its confidence interval."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured, and how the model answers."""
 
-    value: float
-    low: float
-    high: float
-    count: int  # observations
+    rewards: tuple[str, ...] = ()  # directories of reward models, shipped names, path/to/file.py:function, {function: …}, URLs
+    reference: str | None = None
+    against: str | None = None
+    samples: int = 1  # answers to each prompt
+    pass_at: tuple[int, ...] = ()
+    right_from: float = 1.0  # reward units: an answer is right from this score of the first reward on
+    best_of: tuple[int, ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    limit: int | None = None
+    seed: int = 0
+    confidence: float = 0.95
+    dtype: Any = "float32"
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.count})"
+
+class Question(NamedTuple):
+    """A prompt with the other columns of its row."""
+
+    prompt: Text
+    columns: dict[str, Any]
+    where: str  # "prompts.jsonl:7"
 
 
-def wilson(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion; holds its level near 0 and 1, where the normal one has length zero.
+class Answers(NamedTuple):
+    """What a model said."""
 
-        centre = (k + z^2/2) / (n + z^2),  half width = z / (n + z^2) * sqrt(k (n - k) / n + z^2 / 4)
+    ids: list[list[list[int]]]  # [prompts][answers][tokens], end-of-sequence included
+    texts: list[list[str]]
+    finished: Array  # bool
+    kl: Array | None  # f64, nats per answer
+    prompts: list[list[int]]  # the prompts as this model reads them
+    tokenizer: Any
 
-    Args:
-      successes: k, may be fractional (ties count half); count: n, observations; confidence: level of the interval.
-    Returns:
-      Interval; of no observation: the whole [0, 1] around NaN.
-    Raises:
-      ValueError: 0 <= successes <= count does not hold.
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001.
+
+class Figure(NamedTuple):
+    """One number of the result."""
+
+    name: str
+    of: str  # the reward, or the other model
+    unit: str
+    estimate: Interval
+    note: str = ""
+
+
+def evaluate(model: Path, prompts: Path, settings: Settings, *, out: Path | None = None) -> list[Figure]:
+    """Answer the prompts and measure; with `out` the answers are written there as JSON lines.
+
+    Raises `UserError` for settings that need what is not given, and wherever a file or a directory cannot be used.
     """
-    if not 0 <= successes <= count:
-        raise ValueError(f"successes is {successes} of {count} observations; it must lie between 0 and the count")
-    z = _normal_quantile(confidence)
-    if count == 0:
-        return Interval(math.nan, 0.0, 1.0, 0)
-    centre = (successes + z**2 / 2) / (count + z**2)
-    half = z / (count + z**2) * math.sqrt(successes * (count - successes) / count + z**2 / 4)
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == count else min(1.0, centre + half)
-    return Interval(successes / count, low, high, count)
+    check(settings)
+    questions = read_questions(prompts, settings.limit)
+    answers = answer(str(model), questions, settings, reference=settings.reference)
+    scores = {name: score(name, answers, questions) for name in settings.rewards}
+    other = {}
+    if settings.against is not None:
+        theirs = answer(settings.against, questions, settings)
+        other = {name: score(name, theirs, questions) for name in settings.rewards}
+    if out is not None:
+        write_answers(out, questions, answers, scores)
+    return figures(answers, scores, other, settings)
 
 
-def bootstrap(
-    values: ArrayLike,
-    statistic: Callable[[Array], Array] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap over the rows of `values`: rows are drawn with replacement, the statistic taken again.
-
-    Args:
-      values: f64[n] or f64[n, ...]: one row an independent observation (a prompt, not a sample of a prompt).
-      statistic: f64[m, n, ...] -> f64[m], over axis 1; default: mean over everything but the resamples.
-      confidence: level; resamples: m; seed: of the draws, so that the same data give the same interval.
-    Raises:
-      ValueError: no rows, or a value that is not finite.
-    Source: Efron 1979; the percentile form.
-    """
-    data = _finite("values", values)
-    if data.ndim < 1 or not len(data):
-        raise ValueError("values has no rows; an interval needs at least one observation")
-    of = statistic or (lambda drawn: drawn.reshape(len(drawn), -1).mean(axis=1))
-    rng = np.random.default_rng(seed)
-    estimates = []
-    per_block = max(1, 4_000_000 // max(1, data.size))  # bounds the memory of a block of resamples
-    for begin in range(0, resamples, per_block):
-        rows = rng.integers(0, len(data), size=(min(per_block, resamples - begin), len(data)))
-        estimates.append(of(data[rows]))
-    low, high = np.quantile(np.concatenate(estimates), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(of(data[None])[0]), float(low), float(high), len(data))
+def check(settings: Settings) -> None:
+    """Raise `UserError` naming the option, its value, the rule and the remedy."""
+    s = settings
+    counts = [("--pass-at", k) for k in s.pass_at] + [("--best-of", n) for n in s.best_of]
+    needs_reward = [option for option, given in (("--against", s.against), *counts) if given]
+    if needs_reward and not s.rewards:
+        raise UserError(f"{needs_reward[0]} needs --reward: it says which answers are better")
+    for option, value in counts:
+        if not 1 <= value <= s.samples:
+            raise UserError(f"{option} {value} needs at least as many answers to each prompt; give --samples {max(value, 1)}")
+    if s.reference is not None and s.temperature == 0:
+        raise UserError("--reference needs --temperature above 0: a greedy answer has no KL")
+    if not 0 < s.confidence < 1:
+        raise UserError(f"--confidence {s.confidence}: must lie between 0 and 1, such as 0.95")
+    for name in s.rewards:
+        if not Path(name).is_dir():
+            make_reward(host_reward(name))
+        elif not models.has_scalar_head(name):
+            raise UserError(f"--reward {name}: is a language model, which gives no scores; name a reward model")
+    for option, name in (("--reference", s.reference), ("--against", s.against)):
+        if name is not None and models.has_scalar_head(name):
+            raise UserError(f"{option} {name}: is a reward model or a critic; name a language model")
 
 
-def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> Array:
-    """Probability that at least one of k samples is correct, estimated without bias from n >= k samples of a problem.
-
-        pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n - c + 1}^{n} (1 - k / i)
-
-    Args:
-      samples: int[problems] or int, n, samples drawn; correct: int[problems], c, correct ones among them; k: budget.
-    Returns:
-      f64[problems]; its mean, with `bootstrap` over problems, is the figure to report.
-    Raises:
-      ValueError: k < 1, n < k, or c outside [0, n].
-    Source: Chen et al. 2021 (arXiv:2107.03374), equation 1.
-    """
-    right = np.asarray(correct, np.int64)
-    drawn = np.broadcast_to(np.asarray(samples, np.int64), right.shape)
-    if k < 1 or (drawn < k).any():
-        raise ValueError(f"k is {k} with as few as {drawn.min(initial=k)} samples of a problem; pass@k needs 1 <= k <= samples")
-    if (right < 0).any() or (right > drawn).any():
-        raise ValueError("correct must lie between 0 and the number of samples of the same problem")
-    wrong = drawn - right
-    factors = [1.0 - np.prod(1.0 - k / np.arange(w + 1, n + 1)) for w, n in zip(wrong.flat, drawn.flat, strict=True)]
-    return np.asarray(factors, np.float64).reshape(right.shape)
+def read_questions(path: Path, limit: int | None) -> list[Question]:
+    """Prompts of a text file (one a line), or of a data file in any form that docs/data.md tells, with the other columns."""
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file; give a text file with one prompt a line, or a jsonl file")
+    if path.suffix == ".txt":
+        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        found = [Question(line, {}, f"{path}:{n}") for n, line in lines[:limit]]
+    else:
+        source = open_source(str(path), limit=limit)
+        found = []
+        for number in range(len(source)):
+            row, where = source.row(number), source.where(number)
+            read = normalise(row, "prompts", detect(row, "prompts", where), where)
+            found.append(Question(read.prompt, read.columns, where))
+    if not found:
+        raise UserError(f"--prompts {path}: no prompts in it")
+    return found
 
 
-def win_rate(scores_a: ArrayLike, scores_b: ArrayLike, *, tie_margin: float = 0.0, confidence: float = 0.95) -> Interval:
-    """Share of prompts on which A's answer scores above B's; a tie counts half. Wilson interval.
-
-    Args:
-      scores_a, scores_b: f64[prompts], reward units, answers of A and B to the same prompts.
-      tie_margin: reward units; scores that differ by no more than this are a tie.
-    Raises:
-      ValueError: shapes differ, or a score is not finite.
-    """
-    a, b = _finite("scores_a", scores_a), _finite("scores_b", scores_b)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"scores have shapes {a.shape} and {b.shape}; a win rate compares two lists over the same prompts")
-    ties = np.abs(a - b) <= tie_margin
-    wins = (a > b) & ~ties
-    return wilson(float(wins.sum() + 0.5 * ties.sum()), len(a), confidence=confidence)
+# ---------------------------------------------------------------------------------------------------- answers
 
 
-def best_of_n(selected_by: ArrayLike, n: int, reward: ArrayLike | None = None) -> Array:
-    """Expected reward of the best of n samples, without bias from m >= n samples of a prompt.
+def answer(model: str, questions: Sequence[Question], settings: Settings, *, reference: str | None = None) -> Answers:
+    """Answer every prompt `samples` times. An answer depends on (seed, place of the prompt, number of the answer) alone."""
+    generator = generate.open_model(model, config.Model(path=model, compute_dtype=settings.dtype))
+    ids = [encode_prompt(generator.tokenizer, question.prompt) for question in questions]
+    check_lengths(generator, ids, questions, settings)
+    parts = parallel.axis_size(generator.mesh, "batch")
+    if settings.batch_size % parts:
+        raise UserError(f"--batch-size {settings.batch_size}: must be a multiple of {parts}, the devices that share a batch")
+    sampling = config.Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
+    sample, key = generator.sampler(sampling), jax.random.key(settings.seed)
+    measure = None if reference is None else make_kl(generator, reference, settings)
+    width = -(-max(map(len, ids)) // ROUND) * ROUND
+    rows = [(place, number) for place in range(len(ids)) for number in range(settings.samples)]
+    found: list[tuple[list[int], bool, float]] = []
+    for first in range(0, len(rows), settings.batch_size):
+        part = rows[first : first + settings.batch_size]
+        batch = place_rows(generator, [ids[place] for place, _ in part], part, width, settings.batch_size)
+        rollout = sample(generator.loaded.params, batch, key)
+        kl = np.zeros(settings.batch_size) if measure is None else parallel.fetch(measure(rollout))
+        tokens, chosen, finished = parallel.fetch((rollout.tokens[:, width:], rollout.action_mask, rollout.finished))
+        found += [(tokens[row][chosen[row]].tolist(), bool(finished[row]), float(kl[row])) for row in range(len(part))]
 
-        sum_{i = n}^{m} C(i - 1, n - 1) / C(m, n) * r_(i),   r_(i): reward of the sample with the i-th lowest selecting score
+    def grid(values: list[Any]) -> list[list[Any]]:
+        return [values[first : first + settings.samples] for first in range(0, len(values), settings.samples)]
 
-    Equal selecting scores share the mean of their rewards, so that the order of the samples never counts.
-    Args:
-      selected_by: f64[prompts, m], reward units: the score that picks the best one (the proxy).
-      n: samples that best-of-n would draw; reward: f64[prompts, m], what the picked one is worth (gold); default: the score.
-    Returns:
-      f64[prompts].
-    Raises:
-      ValueError: n outside [1, m], shapes differ, or a value is not finite.
-    Source: Nakano et al. 2021 (arXiv:2112.09332), appendix I.
-    """
-    scores = _finite("selected_by", selected_by)
-    worth = scores if reward is None else _finite("reward", reward)
-    if scores.ndim != 2 or worth.shape != scores.shape:
-        raise ValueError(f"shapes are {scores.shape} and {worth.shape}; both must be [prompts, samples]")
-    m = scores.shape[1]
-    if not 1 <= n <= m:
-        raise ValueError(f"n is {n} with {m} samples of each prompt; best-of-n needs 1 <= n <= samples")
-    ranks = np.arange(1, m + 1)
-    log_choose = [_log_choose(i - 1, n - 1) - _log_choose(m, n) if i >= n else -math.inf for i in ranks]
-    weights = np.exp(np.asarray(log_choose))
-    order = np.argsort(scores, axis=1, kind="stable")
-    return np.asarray([_tied(s[o], w[o]) @ weights for s, w, o in zip(scores, worth, order, strict=True)], np.float64)
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL of the best-of-n distribution to the policy it samples from, in nats: log n - (n - 1) / n.
-
-    Exact for continuous scores; an upper bound where samples or scores repeat (Beirami et al. 2024, arXiv:2401.01879).
-    Source: Stiennon et al. 2020 (arXiv:2009.01325), appendix G.3.
-    """
-    if n < 1:
-        raise ValueError(f"n is {n}; best-of-n needs at least one sample")
-    return math.log(n) - (n - 1) / n
+    return Answers(
+        ids=grid([row[0] for row in found]),
+        texts=grid([generator.tokenizer.decode(row[0]) for row in found]),
+        finished=np.asarray(grid([row[1] for row in found])),
+        kl=None if measure is None else np.asarray(grid([row[2] for row in found])),
+        prompts=ids,
+        tokenizer=generator.tokenizer,
+    )
 
 
-def _tied(ordered_scores: Array, ordered_worth: Array) -> Array:
-    """Worth in score order, averaged within runs of equal scores."""
-    _, group, counts = np.unique(ordered_scores, return_inverse=True, return_counts=True)
-    return (np.bincount(group, weights=ordered_worth) / counts)[group]
+def place_rows(generator: Generator, ids: list[list[int]], rows: list[tuple[int, int]], width: int, batch_size: int) -> Prompts:
+    """Prompts on the devices, each with its place and the number of its answer, which seed the answer."""
+    batch = left_padded(ids, width, batch_size, generator.tokenizer.pad_id, 0)
+    numbers: Any = np.zeros((2, batch_size), np.int32)
+    numbers[:, : len(rows)] = np.asarray(rows, np.int32).T
+    batch = batch.replace(index=numbers[0], sample=numbers[1])
+    return parallel.place(batch, parallel.batch_sharding(generator.mesh))
 
 
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+def check_lengths(generator: Generator, ids: list[list[int]], questions: Sequence[Question], settings: Settings) -> None:
+    """Raise `UserError` for the first prompt that leaves no room for an answer."""
+    longest = generator.loaded.spec.max_length
+    for row, question in zip(ids, questions, strict=True):
+        if longest and len(row) + settings.max_new_tokens > longest:
+            raise UserError(
+                f"{question.where}: the prompt has {len(row)} tokens; with --max-new-tokens {settings.max_new_tokens} that is "
+                f"more than the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
+            )
 
 
-def _normal_quantile(confidence: float) -> float:
-    from statistics import NormalDist
+def make_kl(generator: Generator, reference: str, settings: Settings) -> Any:
+    """(rollout) -> f32[B], nats: exact KL(model || reference) summed over the answer's tokens, as they were sampled."""
+    other = generate.open_model(reference, config.Model(path=reference, compute_dtype=settings.dtype))
+    if other.tokenizer.hash != generator.tokenizer.hash:
+        raise UserError(f"--reference {reference}: has another tokenizer than the model, so that there is no KL between them")
+    sizes = (generator.loaded.model.vocab_size, other.loaded.model.vocab_size)
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"--reference {reference}: its embedding has {sizes[1]} rows, the model's {sizes[0]}; both must have as many"
+        )
+    apply = scoring.make_policy_apply(generator.loaded.model, temperature=settings.temperature, kl_model=other.loaded.model)
 
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie strictly between 0 and 1, such as 0.95")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
+    def measure(params: Any, base: Any, rollout: Any) -> jax.Array:
+        return apply({}, Frozen(actor=params, reference=base), rollout).kl.sum(-1)
+
+    compiled = parallel.compile_step(measure)
+    return lambda rollout: compiled(generator.loaded.params, other.loaded.params, rollout)
 
 
-def _finite(name: str, values: ArrayLike) -> Array:
-    array = np.asarray(values, np.float64)
-    if not np.isfinite(array).all():
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-        raise ValueError(f"{name}[{', '.join(map(str, where))}] is not finite; drop or repair it: a statistic over it is none")
-    return array
+# ---------------------------------------------------------------------------------------------------- rewards
+
+
+def host_reward(name: str) -> config.Reward:
+    """A reward by its name: a shipped one, path/to/file.py:function, {function: …, options: {…}}, or a server's URL."""
+    if name.startswith(("http://", "https://")):
+        return config.Reward(url=name)
+    if not name.startswith("{"):
+        if name not in REWARDS and ".py:" not in name:
+            raise UserError(
+                f"--reward {name}: neither a directory with a reward model, nor one of {', '.join(sorted(REWARDS))}, "
+                "nor path/to/file.py:function"
+            )
+        return config.Reward(functions=(config.RewardFunction(function=name),))
+    try:
+        entry = yaml.safe_load(name)
+        return config.Reward(functions=(config.RewardFunction(**entry),))
+    except (yaml.YAMLError, TypeError) as error:
+        form = "{function: math_answer, options: {column: answer}}"
+        raise UserError(f"--reward {name}: {str(error).splitlines()[0]}; it must look like {form}") from None
+
+
+def score(name: str, answers: Answers, questions: Sequence[Question]) -> Array:
+    """Scores f64[prompts, answers] of one reward: of the very tokens where a reward model shares the tokenizer, else of texts."""
+    samples = len(answers.texts[0])
+    if Path(name).is_dir():
+        return score_by_model(name, answers, questions)
+    rows = [question for question in questions for _ in range(samples)]
+    columns = {key: [row.columns.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row.columns)}
+    batch = RewardInput(
+        prompts=[render_plain(row.prompt) for row in rows],
+        responses=[text for texts in answers.texts for text in texts],
+        finished=answers.finished.reshape(-1),
+        columns=columns,
+    )
+    total, _ = make_reward(host_reward(name), answers.tokenizer)(batch)
+    return np.asarray(total, np.float64).reshape(-1, samples)
+
+
+def score_by_model(directory: str, answers: Answers, questions: Sequence[Question]) -> Array:
+    scorer = open_scorer(directory)
+    same = scorer.tokenizer.hash == answers.tokenizer.hash
+    rows = []
+    for place, question in enumerate(questions):
+        for number, text in enumerate(answers.texts[place]):
+            try:
+                if same:
+                    rows.append(scorer.checked([*answers.prompts[place], *answers.ids[place][number]]))
+                else:
+                    rows.append(scorer.encode(question.prompt, text, bool(answers.finished[place][number])))
+            except UserError as error:
+                raise UserError(f"{question.where}: {error}") from None
+    return scorer.score(rows).astype(np.float64).reshape(len(questions), -1)
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def figures(answers: Answers, scores: dict[str, Array], other: dict[str, Array], settings: Settings) -> list[Figure]:
+    """All numbers, in the order in which they are shown."""
+    s = settings
+
+    def mean(values: Array) -> Interval:
+        return estimates.bootstrap(values, confidence=s.confidence, seed=s.seed)
+
+    lengths = np.asarray([[len(ids) for ids in row] for row in answers.ids], np.float64)
+    found = [Figure("reward", name, "reward units", mean(values)) for name, values in scores.items()]
+    if answers.kl is not None:
+        found.append(Figure("kl", str(s.reference), "nats per answer", mean(answers.kl)))
+    for name, values in other.items():
+        share = estimates.win_rate(scores[name], values, confidence=s.confidence)
+        found.append(Figure("win_rate", name, "", share, f"against {s.against}"))
+        gap = mean(scores[name].mean(1) - values.mean(1))
+        found.append(Figure("reward_gain", name, "reward units", gap, f"over {s.against}"))
+    if scores:
+        first, selecting = next(iter(scores.items()))
+        right = (selecting >= s.right_from).sum(1)
+        for k in s.pass_at:
+            rate = estimates.shares(estimates.pass_at_k(s.samples, right, k), confidence=s.confidence)
+            found.append(Figure(f"pass@{k}", first, "", rate, f"right from {s.right_from:g} on"))
+        for n in s.best_of:
+            note = f"picked by {first}, KL to the model at most {estimates.best_of_n_kl(n):.2f} nats"
+            found += [
+                Figure(f"best_of_{n}", name, "reward units", mean(estimates.best_of_n(selecting, n, values)), note)
+                for name, values in scores.items()
+            ]
+    found.append(Figure("length", "", "tokens", mean(lengths)))
+    ended = estimates.shares(answers.finished.mean(1), confidence=s.confidence)
+    return [*found, Figure("finished", "", "", ended, "ended by end-of-sequence")]
+
+
+def to_text(found: list[Figure], model: Path, settings: Settings) -> str:
+    """A table for people."""
+    s = settings
+    count = found[0].estimate.count
+    head = f"{model}: {count} prompts, {s.samples} answer{'s' * (s.samples > 1)} each, temperature {s.temperature:g}, "
+    lines = [head + f"top-p {s.top_p:g}, at most {s.max_new_tokens} tokens, seed {s.seed}; intervals of {s.confidence:.0%}"]
+    names = [f"{figure.name} ({figure.of})" if figure.of else figure.name for figure in found]
+    wide = max(map(len, names))
+    for name, figure in zip(names, found, strict=True):
+        value, low, high, _ = figure.estimate
+        lines.append(
+            f"{name:{wide}}  {value:8.3f}  [{low:.3f}, {high:.3f}]  {', '.join(filter(None, (figure.unit, figure.note)))}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def to_json(found: list[Figure], model: Path, settings: Settings) -> str:
+    """The same for programs: {"model", "settings", "figures": [{"name", "of", "unit", "value", "low", "high", "count", …}]}."""
+    rows = [{"name": f.name, "of": f.of, "unit": f.unit, **f.estimate._asdict(), "note": f.note} for f in found]
+    return json.dumps(
+        {"model": str(model), "settings": dataclasses.asdict(settings), "figures": rows}, ensure_ascii=False, indent=1
+    )
+
+
+def write_answers(out: Path, questions: Sequence[Question], answers: Answers, scores: dict[str, Array]) -> None:
+    """Every answer as a JSON line {"prompt", "response", "finished", "sample", "rewards"}."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for place, question in enumerate(questions):
+            for number, text in enumerate(answers.texts[place]):
+                row = {"prompt": question.prompt, "response": text, "finished": bool(answers.finished[place][number])}
+                row |= {"sample": number, "rewards": {name: float(values[place][number]) for name, values in scores.items()}}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")

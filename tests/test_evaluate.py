@@ -1,200 +1,256 @@
-"""Statistics against their definitions: enumeration where it is possible, coverage by simulation where it is not."""
+"""`rlhf-jax evaluate`: its numbers against the same thing done by hand."""
 
-import itertools
-import math
+import dataclasses
+import json
+import sys
 
+import directories
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluate import Interval, best_of_n, best_of_n_kl, bootstrap, pass_at_k, wilson, win_rate
+from rlhf_jax import cli, config, estimates, evaluate, generate, models, parallel, sampling, scorer
+from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate import Settings
+from rlhf_jax.types import Prompts
 
-# Wilson interval.
+QUESTIONS = ["what is 2 + 3 ?", "it is", "5 5 5"]
+SETTINGS = Settings(samples=4, max_new_tokens=8, batch_size=8, seed=7)
+FUNCTION = """
+def count(batch, *, letter="e"):
+    return [float(len(text) + len(answer)) for text, answer in zip(batch.responses, batch.columns["answer"])]
 
-
-def test_wilson_solves_the_score_equation():
-    """Its ends are the p at which |k/n - p| is z standard errors of p: checked on the definition, not on the formula."""
-    z = 1.959963984540054
-    for k, n in [(1, 10), (5, 10), (37, 100), (0, 8), (8, 8), (999, 1000), (2.5, 7)]:
-        found = wilson(k, n)
-        assert found.value == k / n
-        for end in (found.low, found.high):
-            if 0 < end < 1:
-                assert abs(k / n - end) == pytest.approx(z * math.sqrt(end * (1 - end) / n), rel=1e-9)
-        assert 0 <= found.low <= k / n <= found.high <= 1
-
-
-def test_wilson_reference_values():
-    found = wilson(81, 263)  # Newcombe 1998, table I: 0.2553 to 0.3662
-    assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
-    assert wilson(0, 20) == Interval(0.0, 0.0, pytest.approx(0.1611, abs=5e-5), 20)
-    assert wilson(20, 20).high == 1.0
-    assert wilson(5, 10, confidence=0.5).high - wilson(5, 10, confidence=0.5).low < 0.22
+def even(responses, **rest):
+    return [float(len(text) % 2 == 0) for text in responses]
+"""
 
 
-def test_wilson_covers_as_often_as_it_says():
-    for n, p in [(20, 0.5), (50, 0.1), (30, 0.9)]:
-        pmf = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-        covered = sum(pmf[k] for k in range(n + 1) if wilson(k, n).low <= p <= wilson(k, n).high)
-        assert 0.93 <= covered <= 0.98
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A data file with a column that rewards read, and rewards of one's own."""
+    out = tmp_path_factory.mktemp("evaluate")
+    rows = [{"prompt": prompt, "answer": "x" * place} for place, prompt in enumerate(QUESTIONS)]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "mine.py").write_text(FUNCTION)
+    return out
 
 
-def test_wilson_of_nothing_and_of_nonsense():
-    nothing = wilson(0, 0)
-    assert math.isnan(nothing.value)
-    assert (nothing.low, nothing.high) == (0.0, 1.0)
-    for k, n in [(-1, 5), (6, 5)]:
-        with pytest.raises(ValueError, match="between 0 and the count"):
-            wilson(k, n)
-    with pytest.raises(ValueError, match="strictly between 0 and 1"):
-        wilson(1, 2, confidence=95)
-
-
-# Bootstrap.
-
-
-def test_bootstrap_of_the_mean_is_near_the_normal_interval():
-    values = np.random.default_rng(0).normal(2.0, 3.0, 400)
-    found = bootstrap(values)
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    assert found.value == pytest.approx(values.mean(), rel=1e-12)
-    assert (found.low, found.high) == (
-        pytest.approx(values.mean() - half, abs=0.05),
-        pytest.approx(values.mean() + half, abs=0.05),
+@pytest.fixture(scope="module")
+def measured(files):
+    """Everything at one time, and the answers that were written."""
+    settings = dataclasses.replace(
+        SETTINGS,
+        rewards=(f"{files}/mine.py:even", f"{files}/mine.py:count", str(directories.reward_model())),
+        reference=str(directories.language_model(5)),
+        against=str(directories.language_model(5)),
+        pass_at=(1, 4),
+        best_of=(1, 2),
     )
+    found = evaluate.evaluate(directories.language_model(), files / "prompts.jsonl", settings, out=files / "out/answers.jsonl")
+    answers = [json.loads(line) for line in (files / "out/answers.jsonl").read_text().splitlines()]
+    return found, answers, settings
 
 
-def test_bootstrap_covers_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for trial in range(200):
-        found = bootstrap(rng.exponential(1.0, 80), resamples=400, seed=trial)
-        covered += found.low <= 1.0 <= found.high
-    assert 0.88 <= covered / 200 <= 0.985
+def figure(found, name, of):
+    (one,) = [f for f in found if f.name == name and f.of == of]
+    return one.estimate
 
 
-def test_bootstrap_draws_rows_together_and_the_same_every_time():
-    values = np.random.default_rng(2).normal(size=(50, 4))
-    assert bootstrap(values, seed=3) == bootstrap(values, seed=3)
-    assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
-    tied = np.repeat(values[:, :1], 4, axis=1)  # four copies of a prompt's value are one observation, not four
-    one = bootstrap(values[:, 0])
-    four = bootstrap(tied)
-    assert (four.high - four.low) == pytest.approx(one.high - one.low, rel=1e-9)
-    median = bootstrap(values[:, 0], lambda drawn: np.median(drawn, axis=1))
-    assert median.value == pytest.approx(np.median(values[:, 0]))
+@pytest.fixture(scope="module")
+def rollout():
+    """The same answers, sampled in one batch."""
+    generator = generate.open_model(directories.language_model())
+    ids = [generator.tokenizer.encode(text, start=True) for text in QUESTIONS]
+    batch = generate.left_padded([row for row in ids for _ in range(4)], 16, 16, generator.tokenizer.pad_id, 0)
+    numbers = np.arange(16, dtype=np.int32)
+    batch = Prompts(tokens=batch.tokens, mask=batch.mask, index=numbers // 4, sample=numbers % 4)
+    stops, pad = generator.tokenizer.eos_ids, generator.tokenizer.pad_id
+    sample = sampling.make_sampler(generator.loaded.model, config.Sampling(max_new_tokens=8), stop_ids=stops, pad_id=pad)
+    return generator, parallel.fetch(parallel.compile_step(sample)(generator.loaded.params, batch, jax.random.key(7)))
 
 
-def test_bootstrap_of_a_constant_and_of_nothing():
-    assert bootstrap([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0, 3)
-    assert bootstrap([5.0]) == Interval(5.0, 5.0, 5.0, 1)
-    with pytest.raises(ValueError, match="no rows"):
-        bootstrap([])
-    with pytest.raises(ValueError, match=r"values\[1\] is not finite"):
-        bootstrap([1.0, math.nan])
+def test_the_answers_are_those_of_the_sampler(measured, rollout):
+    _, answers, _ = measured
+    generator, found = rollout
+    texts = [generator.tokenizer.decode(row[keep]) for row, keep in zip(found.tokens[:, 16:], found.action_mask, strict=True)]
+    assert [row["response"] for row in answers] == texts[:12]
+    assert [row["sample"] for row in answers] == [0, 1, 2, 3] * 3
+    assert [row["prompt"] for row in answers] == [text for text in QUESTIONS for _ in range(4)]
+    assert [row["finished"] for row in answers] == found.finished[:12].tolist()
 
 
-def test_bootstrap_in_blocks_is_the_same_size():
-    values = np.arange(3_000.0)
-    found = bootstrap(values, resamples=2500)  # two blocks
-    half = 1.96 * values.std() / math.sqrt(3000)
-    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+def test_rewards_are_those_of_functions_and_models(measured, files, rollout):
+    found, answers, settings = measured
+    even, count, model = settings.rewards
+    assert [row["rewards"][count] for row in answers] == [len(row["response"]) + n // 4 for n, row in enumerate(answers)]
+    _, sampled = rollout
+    rows = [tokens[mask].tolist() for tokens, mask in zip(sampled.tokens, sampled.mask, strict=True)][:12]
+    values = scorer.open_scorer(model).score(rows)
+    np.testing.assert_allclose([row["rewards"][model] for row in answers], values, atol=1e-6)
+    for name in settings.rewards:
+        scores = np.asarray([row["rewards"][name] for row in answers]).reshape(3, 4)
+        assert figure(found, "reward", name) == estimates.bootstrap(scores, seed=7)
+        best = estimates.best_of_n(np.asarray([row["rewards"][even] for row in answers]).reshape(3, 4), 2, scores)
+        assert figure(found, "best_of_2", name) == estimates.bootstrap(best, seed=7)
+        assert figure(found, "best_of_1", name).value == pytest.approx(scores.mean())
+    right = np.asarray([row["rewards"][even] for row in answers]).reshape(3, 4).sum(1)
+    assert figure(found, "pass@1", even).value == pytest.approx(right.mean() / 4)
+    assert figure(found, "pass@4", even).value == pytest.approx((right > 0).mean())
+    assert figure(found, "pass@4", even).count == 3
 
 
-# pass@k.
+def test_kl_is_the_sum_of_that_of_every_token(measured, rollout):
+    generator, sampled = rollout
+    other = generate.open_model(directories.language_model(5))
+    logprobs = []
+    for each in (generator, other):
+        model, params = each.loaded.model, each.loaded.params
+        hidden, _ = jax.jit(model.prefill, static_argnums=3)(params, jnp.asarray(sampled.tokens), jnp.asarray(sampled.mask), 25)
+        logits = np.asarray(model.logits(params, hidden), np.float64)[:, 15:23]
+        logprobs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    per_token = (np.exp(logprobs[0]) * (logprobs[0] - logprobs[1])).sum(-1)
+    wanted = np.where(sampled.action_mask, per_token, 0).sum(1)[:12]
+    found, _, settings = measured
+    estimate = figure(found, "kl", settings.reference)
+    assert estimate.value == pytest.approx(wanted.mean(), rel=1e-4)
+    assert 0 < estimate.low < estimate.value < estimate.high
+    assert estimate.count == 3
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one():
-    for n, c in [(1, 0), (1, 1), (5, 0), (5, 2), (6, 6), (7, 1)]:
-        correct = [True] * c + [False] * (n - c)
-        for k in range(1, n + 1):
-            subsets = list(itertools.combinations(correct, k))
-            assert pass_at_k(n, [c], k)[0] == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+def test_a_model_is_as_good_as_itself(files):
+    same = str(directories.language_model())
+    settings = dataclasses.replace(SETTINGS, rewards=(f"{files}/mine.py:count",), reference=same, against=same)
+    found = evaluate.evaluate(directories.language_model(), files / "prompts.jsonl", settings)
+    assert figure(found, "win_rate", settings.rewards[0]).value == 0.5
+    assert figure(found, "reward_gain", settings.rewards[0]) == estimates.Interval(0.0, 0.0, 0.0, 3)
+    assert figure(found, "kl", same).value == pytest.approx(0.0, abs=1e-5)
 
 
-def test_pass_at_k_is_unbiased_and_stable():
-    rng = np.random.default_rng(5)
-    p, k = 0.13, 4
-    found = pass_at_k(10, rng.binomial(10, p, 20_000), k).mean()
-    assert found == pytest.approx(1 - (1 - p) ** k, abs=0.006)
-    assert pass_at_k(100_000, [50_000], 100)[0] == pytest.approx(1.0)
-    assert pass_at_k([4, 8], [1, 1], 1).tolist() == pytest.approx([0.25, 0.125])
+def test_a_reward_model_with_another_tokenizer_reads_texts(files, tmp_path):
+    tokenizer = train_bpe(["something else altogether"] * 4, 290)
+    spec = models.scratch_spec(dataclasses.replace(config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)), 300)
+    params = jax.jit(lambda key: models.make_model(spec).init(key, head="score"))(jax.random.key(3))
+    models.save_checkpoint(tmp_path / "rm", spec, params, head="score", tokenizer=tokenizer)
+    answers = evaluate.Answers(
+        ids=[[[5], [6, 7]]],
+        texts=[["five", "six"]],
+        finished=np.asarray([[True, False]]),
+        kl=None,
+        prompts=[[1]],
+        tokenizer=generate.load_tokenizer(directories.language_model()),
+    )
+    question = evaluate.Question("two + three", {}, "here:1")
+    model = scorer.open_scorer(tmp_path / "rm")
+    wanted = model.score([model.encode("two + three", "five"), model.encode("two + three", "six", False)])
+    assert evaluate.score(str(tmp_path / "rm"), answers, [question]).tolist() == [pytest.approx(wanted.tolist())]
+    long = evaluate.Question("two " * 1000, {}, "here:1")
+    with pytest.raises(UserError, match="here:1: prompt and answer have .* tokens and the reward model takes 1 to 1024"):
+        evaluate.score(str(tmp_path / "rm"), answers, [long])
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [(3, 1, 4), (3, 1, 0), (3, 4, 1), (3, -1, 1)])
-def test_pass_at_k_refuses_what_cannot_be(n, c, k):
-    with pytest.raises(ValueError, match=r"pass@k needs|must lie between"):
-        pass_at_k(n, [c], k)
+def test_questions_come_in_every_form_that_prompts_have(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert [(q.prompt, q.where) for q in evaluate.read_questions(tmp_path / "a.txt", None)] == [
+        ("one", f"{tmp_path}/a.txt:1"),
+        ("two", f"{tmp_path}/a.txt:3"),
+    ]
+    rows = [{"question": "2 + 3", "answer": "#### 5"}, {"question": "1 + 1", "answer": "#### 2"}]
+    (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (first,) = evaluate.read_questions(tmp_path / "gsm.jsonl", 1)
+    assert (first.prompt, first.columns) == ("Question: 2 + 3\nAnswer:", {"answer": "#### 5"})
 
 
-# Win rate.
+# The command.
 
 
-def test_win_rate_counts_ties_as_half():
-    found = win_rate([2.0, 1.0, 0.0, 5.0], [1.0, 1.0, 3.0, 4.9])
-    assert found.value == 2.5 / 4
-    assert win_rate([2.0, 1.0, 0.0, 5.0], [1.0, 1.0, 3.0, 4.9], tie_margin=0.2).value == 2.0 / 4
-    a, b = np.random.default_rng(6).normal(size=(2, 300))
-    forth, back = win_rate(a, b), win_rate(b, a)
-    assert forth.value + back.value == pytest.approx(1.0)
-    assert forth.low == pytest.approx(1 - back.high)
-    assert forth.low < 0.5 < forth.high
-
-
-def test_win_rate_refuses_what_cannot_be_compared():
-    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
-        win_rate([1.0, 2.0], [1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match=r"scores_b\[0\] is not finite"):
-        win_rate([1.0], [math.inf])
-
-
-# Best of n.
-
-
-def test_best_of_n_is_the_mean_over_all_subsets():
-    rng = np.random.default_rng(7)
-    scores, gold = rng.normal(size=(2, 3, 6))
-    for n in range(1, 7):
-        expected = [
-            [max(subset)[1] for subset in itertools.combinations(zip(s, g, strict=True), n)]
-            for s, g in zip(scores, gold, strict=True)
+@pytest.fixture
+def run(monkeypatch, capsys, files):
+    def call(*options, model=None, prompts="prompts.jsonl"):
+        model = model or directories.language_model()
+        command = [
+            "rlhf-jax",
+            "evaluate",
+            model,
+            "--prompts",
+            files / prompts,
+            "--batch-size",
+            8,
+            "--max-new-tokens",
+            8,
+            *options,
         ]
-        assert best_of_n(scores, n, gold).tolist() == pytest.approx([float(np.mean(row)) for row in expected], abs=1e-12)
-    assert best_of_n(scores, 1).tolist() == pytest.approx(scores.mean(axis=1).tolist())
-    assert best_of_n(scores, 6).tolist() == pytest.approx(scores.max(axis=1).tolist())
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_info.value.code, captured.out, captured.err
+
+    return call
 
 
-def test_best_of_n_does_not_depend_on_the_order_of_samples():
-    scores = np.array([[1.0, 1.0, 0.0, 1.0]])
-    gold = np.array([[3.0, 6.0, 100.0, 0.0]])
-    assert best_of_n(scores, 4, gold).tolist() == pytest.approx([3.0])  # three share the first place
-    for order in itertools.permutations(range(4)):
-        assert best_of_n(scores[:, order], 2, gold[:, order])[0] == pytest.approx(best_of_n(scores, 2, gold)[0])
+def test_the_command_prints_a_table_and_json(run, files, measured):
+    options = ["--samples", 4, "--seed", 7, "--reward", f"{files}/mine.py:even", "--pass-at", "1,4", "--best-of", "2"]
+    status, text, err = run(*options)
+    assert (status, err) == (0, "")
+    assert "3 prompts, 4 answers each, temperature 1, top-p 1, at most 8 tokens, seed 7; intervals of 95%" in text
+    assert [line.split()[0] for line in text.splitlines()[1:]] == [
+        "reward",
+        "pass@1",
+        "pass@4",
+        "best_of_2",
+        "length",
+        "finished",
+    ]
+    assert "KL to the model at most 0.19 nats" in text
+    status, text, err = run(*options, "--json")
+    found = json.loads(text)
+    assert found["settings"]["pass_at"] == [1, 4]
+    row = found["figures"][0]
+    assert row["name"] == "reward"
+    assert row["value"] == figure(measured[0], "reward", f"{files}/mine.py:even").value
+    assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_best_of_n_with_many_samples_does_not_overflow():
-    scores = np.random.default_rng(8).normal(size=(1, 2000))
-    found = best_of_n(scores, 1000)[0]
-    assert 2.5 < found <= scores.max()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "missing.txt"], "--prompts missing.txt: no such file"),
+        (
+            ["--reward", "wisdom"],
+            "--reward wisdom: neither a directory with a reward model, nor one of exact, length, math_answer",
+        ),
+        (["--reward", "LM"], "is a language model, which gives no scores"),
+        (["--reward", "missing.py:f"], "no file 'missing.py'"),
+        (["--reward", "{function: length, maximum: 3}"], "it must look like {function: math_answer"),
+        (["--reward", "math_answer"], "the data has no column 'answer'"),
+        (["--reference", "RM"], "RM: is a reward model or a critic; name a language model"),
+        (["--reference", "nowhere"], "nowhere: no such directory"),
+        (["--reference", "LM", "--temperature", "0"], "--reference needs --temperature above 0"),
+        (["--against", "LM"], "--against needs --reward"),
+        (["--pass-at", "2", "--reward", "length"], "--pass-at 2 needs at least as many answers to each prompt; give --samples 2"),
+        (["--pass-at", "two"], "--pass-at two: must be whole numbers"),
+        (["--best-of", "0", "--reward", "length"], "--best-of 0 needs"),
+        (["--confidence", "95"], "--confidence 95.0: must lie between 0 and 1"),
+        (["--max-new-tokens", "128"], "the prompt has 3 tokens; with --max-new-tokens 128 that is more than the 128"),
+        (["--batch-size", "3"], "--batch-size 3: must be a multiple of"),
+    ],
+)
+def test_mistakes_are_one_message(run, files, options, message):
+    if "--batch-size" in options and jax.device_count() == 1:
+        pytest.skip("one device takes any batch")
+    (files / "short.txt").write_text("it\n")
+    names = {"LM": str(directories.language_model()), "RM": str(directories.reward_model())}
+    options = [names.get(option, option) for option in options]
+    message = message.replace("RM:", names["RM"] + ":")
+    status, out, err = run(*options, prompts="short.txt")
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
-def test_best_of_n_refuses_what_cannot_be():
-    for n in (0, 4):
-        with pytest.raises(ValueError, match="best-of-n needs"):
-            best_of_n(np.zeros((2, 3)), n)
-    with pytest.raises(ValueError, match="must be"):
-        best_of_n(np.zeros((2, 3)), 2, np.zeros((3, 2)))
-
-
-def test_kl_of_best_of_n_is_the_integral_of_its_density():
-    """The best of n uniform draws has density n u^(n-1) against 1: KL = integral of f log f."""
-    u = (np.arange(400_000) + 0.5) / 400_000
-    for n in (1, 2, 5, 16):
-        density = n * u ** (n - 1)
-        assert best_of_n_kl(n) == pytest.approx(float((density * np.log(density)).mean()), abs=1e-4)
-    assert best_of_n_kl(1) == 0.0
-    with pytest.raises(ValueError, match="at least one"):
-        best_of_n_kl(0)
-
-
-def test_an_interval_reads_as_a_sentence():
-    assert str(wilson(5, 10)) == "0.500 [0.237, 0.763] (n=10)"
+def test_a_reward_model_gives_no_answers(run):
+    status, _, err = run(model=directories.reward_model())
+    assert status == 2
+    assert "is a reward model or a critic: it scores answers and gives none" in err

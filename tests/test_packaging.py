@@ -31,11 +31,24 @@ FLOORS = {
     "rewards": {"rewards"},
     "placement": {"parallel"},
     "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs", "shelf"},
-    "seeing": {"metrics", "progress", "stopwatch", "trackers", "report", "plots", "evaluate"},
+    "seeing": {"metrics", "progress", "stopwatch", "trackers", "report", "plots", "estimates"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
     "testing": {"testing"},
-    "assembly": {"build", "programs", "setups", "session", "fit", "generate", "export", "streaming", "scorer", "chat", "serving"},
+    "assembly": {
+        "build",
+        "programs",
+        "setups",
+        "session",
+        "fit",
+        "generate",
+        "export",
+        "streaming",
+        "scorer",
+        "chat",
+        "serving",
+        "evaluate",
+    },
     "loops": {"online", "offline", "quickstart"},
     "commands": {"cli", "__main__"},
 }
@@ -54,7 +67,18 @@ MAY_KNOW = {
     "loops": (*PURE, *SERVICES, "algorithms", "models", "decoding", "machines", "assembly"),
     "commands": tuple(FLOORS),
 }
-WITHOUT_JAX = ("cli", "config", "config_file", "config_table", "checks", "strict_yaml", "environment", "errors", "topologies")
+WITHOUT_JAX = (
+    "cli",
+    "cli_models",
+    "config",
+    "config_file",
+    "config_table",
+    "checks",
+    "strict_yaml",
+    "environment",
+    "errors",
+    "topologies",
+)
 
 
 @functools.cache

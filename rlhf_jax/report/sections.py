@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.errors import without_secrets
-from rlhf_jax.evaluate import wilson
+from rlhf_jax.estimates import wilson
 from rlhf_jax.progress import duration
 from rlhf_jax.report.curves import COST_CHARTS, figures, folded
 from rlhf_jax.report.data import StageRun, amount, as_list, by_stage, compares, ends, is_number, text
