@@ -1,5 +1,7 @@
 """A conversation in the terminal: `rlhf-jax chat`. Where standard input is no terminal, one answer a line."""
 
+import contextlib
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -125,40 +127,31 @@ def answer_lines(conversation: Conversation, source: TextIO, out: TextIO) -> Non
 
 
 def talk(conversation: Conversation, name: str) -> None:
-    """Questions and answers on a terminal."""
+    """Questions and answers on a terminal, with history and editing where the platform has readline."""
     from rich.console import Console
 
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{_escaped(name)}[/]  [dim]{_escaped(HELP)}[/]")
     while True:
         try:
-            line = ask_line(console)
+            line = console.input("[bold cyan]you[/]    ")
+            if not line.startswith("/"):
+                if line.strip():
+                    show(console, conversation.answer(line))
+                continue
+            said = command(conversation, line)
+            if said is None:
+                return
+            console.print(said, style="dim", markup=False)
+        except UserError as error:
+            console.print(str(error), style="red", markup=False)
         except KeyboardInterrupt:
             console.print()
-            continue
         except EOFError:
             console.print()
             return
-        try:
-            if line.startswith("/"):
-                said = command(conversation, line)
-                if said is None:
-                    return
-                console.print(said, style="dim", markup=False)
-            elif line.strip():
-                show(console, conversation.answer(line))
-        except UserError as error:
-            console.print(str(error), style="red", markup=False)
-
-
-def ask_line(console: Any) -> str:
-    """A line from the keyboard, with history and editing where the platform has readline."""
-    import contextlib
-    import importlib
-
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")
-    return console.input("[bold cyan]you[/]    ")
 
 
 def show(console: Any, pieces: Iterator[str], clock: Callable[[], float] = time.monotonic) -> None:

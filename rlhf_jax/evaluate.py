@@ -236,8 +236,10 @@ def host_reward(name: str) -> config.Reward:
             )
         return config.Reward(functions=(config.RewardFunction(function=name),))
     try:
-        entry = yaml.safe_load(name)
-        return config.Reward(functions=(config.RewardFunction(**entry),))
+        entry = config.RewardFunction(**yaml.safe_load(name))
+        if not isinstance(entry.function, str) or not isinstance(entry.options, dict):
+            raise TypeError("function must be a name, options a group of keys")
+        return config.Reward(functions=(entry,))
     except (yaml.YAMLError, TypeError) as error:
         form = "{function: math_answer, options: {column: answer}}"
         raise UserError(f"--reward {name}: {str(error).splitlines()[0]}; it must look like {form}") from None

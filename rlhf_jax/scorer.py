@@ -20,7 +20,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
 
 SHORTEST = 32  # tokens; batches are this wide or a power of two times it
-ROWS = 16  # sequences scored at one time
+UNKNOWN_LENGTH = 4096  # tokens, for a model whose config.json names no length
+ROWS = 16  # sequences scored at one time, or the next multiple of the devices that share them
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Scorer:
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     max_length: int  # tokens of prompt and answer together
-    compiled: Any  # (params, rollout) -> f32[ROWS]
+    rows: int  # sequences scored at one time
+    compiled: Any  # (params, rollout) -> f32[rows]
 
     def encode(self, prompt: Text, response: str, finished: bool = True) -> list[int]:
         """Ids of a prompt (text or messages) with its answer. Errors: `UserError` where they are longer than the model takes."""
@@ -49,9 +51,9 @@ class Scorer:
     def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores f32[len(rows)], reward units. A score depends on its own row alone."""
         found: list[np.ndarray] = []
-        for first in range(0, len(rows), ROWS):
-            part = rows[first : first + ROWS]
-            batch = parallel.place(_batch(part, self.tokenizer.pad_id), parallel.batch_sharding(self.mesh))
+        for first in range(0, len(rows), self.rows):
+            part = rows[first : first + self.rows]
+            batch = parallel.place(_batch(part, self.rows, self.tokenizer.pad_id), parallel.batch_sharding(self.mesh))
             found.append(np.asarray(parallel.fetch(self.compiled(self.loaded.params, batch)))[: len(part)])
         return np.concatenate(found) if found else np.zeros(0, np.float32)
 
@@ -68,18 +70,19 @@ def open_scorer(
     loaded = build.load(settings, where, head="score", key=None, real_vocab=tokenizer.vocab_size, path=str(path), trained=False)
     score = scoring.make_reward_scorer(loaded.model, loaded.calibration)
     compiled = parallel.compile_step(score, out=parallel.batch_sharding(where))
-    return Scorer(loaded, tokenizer, where, loaded.spec.max_length or 2**31 - 1, compiled)
+    parts = parallel.axis_size(where, "batch")
+    return Scorer(loaded, tokenizer, where, loaded.spec.max_length or UNKNOWN_LENGTH, -(-ROWS // parts) * parts, compiled)
 
 
-def _batch(rows: Sequence[Sequence[int]], pad_id: int) -> Rollout:
+def _batch(rows: Sequence[Sequence[int]], count: int, pad_id: int) -> Rollout:
     """Token lists as right-padded rows of a rollout of which only tokens and mask are read; missing rows hold padding."""
     width = max(SHORTEST, 1 << (max(map(len, rows)) - 1).bit_length())
-    tokens: Any = np.full((ROWS, width), pad_id, np.int32)
-    mask: Any = np.zeros((ROWS, width), bool)
+    tokens: Any = np.full((count, width), pad_id, np.int32)
+    mask: Any = np.zeros((count, width), bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    none: Any = np.zeros((ROWS, 0), np.float32)
-    count: Any = np.zeros(ROWS, np.int32)
+    none: Any = np.zeros((count, 0), np.float32)
+    zeros: Any = np.zeros(count, np.int32)
     return Rollout(
-        tokens=tokens, mask=mask, action_mask=none.astype(bool), finished=count.astype(bool), logprobs=none, index=count
+        tokens=tokens, mask=mask, action_mask=none.astype(bool), finished=zeros.astype(bool), logprobs=none, index=zeros
     )
