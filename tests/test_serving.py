@@ -363,8 +363,11 @@ def test_other_machines_must_be_asked_for_and_are_warned_of(capsys):
     assert "WARNING: other machines can reach 0.0.0.0" in text
     assert "no chat template" in text
     assert "m is at http://0.0.0.0:80/v1 (/v1/chat/completions, /v1/completions)" in text
-    app.announce(made, "127.0.0.1", 80)
-    assert "WARNING" not in capsys.readouterr().err
+    for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
+        app.announce(made, host, 80)
+        assert "WARNING" not in capsys.readouterr().err
+    app.announce(made, "my.machine", 80)
+    assert "WARNING" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot listen on ::1:"), app.listening("::1", 1), app.listening("::1", 1):
         pass
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import socket
 import sys
@@ -19,7 +20,7 @@ from rlhf_jax.serving.schema import Refusal
 from rlhf_jax.serving.service import ROUTES, Service, tokenizer_of
 from rlhf_jax.streaming import Streamer, context_of
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names under which a server on loopback is spoken to
 BODY_LIMIT = 4 << 20  # bytes
 BODY_SECONDS = 30.0  # a body that is not there by then never comes
 HUNG_UP = 499  # status that nobody reads: the client has gone
@@ -141,7 +142,15 @@ def open_service(
     else:
         generator = open_model(model_dir, config.Model(path=str(model_dir), compute_dtype=dtype), mesh=mesh, devices=devices)  # type: ignore[arg-type]
         model = Streamer(generator, context_of(generator, max_length))
-    return Service(name, model, max_new_tokens, LOOPBACK if host in LOOPBACK else ())
+    return Service(name, model, max_new_tokens, (*LOOPBACK, host) if is_loopback(host) else ())
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses that only this machine can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager
@@ -165,7 +174,7 @@ def announce(service: Service, host: str, port: int) -> None:
     lines = []
     if isinstance(service.model, Streamer) and tokenizer_of(service).chat_template is None:
         lines.append(PLAIN_CHAT)
-    if host not in LOOPBACK:
+    if not is_loopback(host):
         lines.append(f"WARNING: other machines can reach {host}, and whoever reaches it can use it; there is no password")
     what = "/v1/score" if isinstance(service.model, Scorer) else "/v1/chat/completions, /v1/completions"
     shown = f"[{host}]" if ":" in host else host
