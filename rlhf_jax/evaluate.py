@@ -22,7 +22,7 @@ import yaml
 from rlhf_jax import config, estimates, generate, models, parallel, scoring
 from rlhf_jax.data.formats import Text, detect, normalise, render_plain
 from rlhf_jax.data.sources import open_source
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, without_secrets
 from rlhf_jax.estimates import Interval
 from rlhf_jax.generate import Generator, encode_prompt, left_padded
 from rlhf_jax.rewards import REWARDS, make_reward
@@ -327,15 +327,14 @@ def to_text(found: list[Figure], model: Path, settings: Settings) -> str:
         lines.append(
             f"{name:{wide}}  {value:8.3f}  [{low:.3f}, {high:.3f}]  {', '.join(filter(None, (figure.unit, figure.note)))}"
         )
-    return "\n".join(line.rstrip() for line in lines)
+    return without_secrets("\n".join(line.rstrip() for line in lines))
 
 
 def to_json(found: list[Figure], model: Path, settings: Settings) -> str:
     """The same for programs: {"model", "settings", "figures": [{"name", "of", "unit", "value", "low", "high", "count", …}]}."""
     rows = [{"name": f.name, "of": f.of, "unit": f.unit, **f.estimate._asdict(), "note": f.note} for f in found]
-    return json.dumps(
-        {"model": str(model), "settings": dataclasses.asdict(settings), "figures": rows}, ensure_ascii=False, indent=1
-    )
+    page = {"model": str(model), "settings": dataclasses.asdict(settings), "figures": rows}
+    return without_secrets(json.dumps(page, ensure_ascii=False, indent=1))
 
 
 def write_answers(out: Path, questions: Sequence[Question], answers: Answers, scores: dict[str, Array]) -> None:
@@ -345,5 +344,5 @@ def write_answers(out: Path, questions: Sequence[Question], answers: Answers, sc
         for place, question in enumerate(questions):
             for number, text in enumerate(answers.texts[place]):
                 row = {"prompt": question.prompt, "response": text, "finished": bool(answers.finished[place][number])}
-                row |= {"sample": number, "rewards": {name: float(values[place][number]) for name, values in scores.items()}}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rewards = {without_secrets(name): float(values[place][number]) for name, values in scores.items()}
+                file.write(json.dumps(row | {"sample": number, "rewards": rewards}, ensure_ascii=False) + "\n")

@@ -162,6 +162,15 @@ def test_questions_come_in_every_form_that_prompts_have(tmp_path):
     assert (first.prompt, first.columns) == ("Question: 2 + 3\nAnswer:", {"answer": "#### 5"})
 
 
+def test_a_servers_password_is_not_shown():
+    name = "https://me:secret@host/score?key=secret"
+    figure = evaluate.Figure("reward", name, "", estimates.Interval(0.0, 0.0, 0.0, 1))
+    settings = Settings(rewards=(name,))
+    for text in (evaluate.to_text([figure], "m", settings), evaluate.to_json([figure], "m", settings)):
+        assert "secret" not in text
+        assert "host/score" in text
+
+
 # The command.
 
 
