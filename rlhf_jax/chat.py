@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,7 +34,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     answers: int = 0
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer to a message. Both are remembered, also where the answer was broken off.
 
         Errors: `UserError`, and nothing is remembered, where the conversation has become longer than the model takes.
@@ -154,7 +154,7 @@ def talk(conversation: Conversation, name: str) -> None:
             return
 
 
-def show(console: Any, pieces: Iterator[str], clock: Callable[[], float] = time.monotonic) -> None:
+def show(console: Any, pieces: Generator[str, None, None], clock: Callable[[], float] = time.monotonic) -> None:
     """Print an answer while it grows; Ctrl-C stops it."""
     began, shown, note = clock(), "", ""
     console.print("[bold green]model[/]  ", end="")
@@ -164,7 +164,7 @@ def show(console: Any, pieces: Iterator[str], clock: Callable[[], float] = time.
             console.print(text, end="", markup=False)
             shown += text
     except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
+        pieces.close()
         note = "stopped, "
     console.print()
     console.print(f"{note}{len(shown)} characters in {clock() - began:.1f} s", style="dim")

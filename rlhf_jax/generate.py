@@ -52,7 +52,7 @@ def open_model(
     settings: config.Model | None = None,
     *,
     mesh: config.Mesh | None = None,
-    devices: list[jax.Device] | None = None,
+    devices: list[Any] | None = None,
     chat_template: str | None = None,
 ) -> Generator:
     """Load a language model and its tokenizer, on all devices or on those given; UserError where the directory is not one."""

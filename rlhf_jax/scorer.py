@@ -59,7 +59,7 @@ class Scorer:
 
 
 def open_scorer(
-    path: str | Path, *, mesh: config.Mesh | None = None, devices: list[jax.Device] | None = None, dtype: Any = "float32"
+    path: str | Path, *, mesh: config.Mesh | None = None, devices: list[Any] | None = None, dtype: Any = "float32"
 ) -> Scorer:
     """Load a reward model and its tokenizer; UserError where the directory is none (a language model has no scalar head)."""
     where = parallel.make_mesh(mesh or config.Mesh(), devices)

@@ -66,8 +66,8 @@ class Piece(NamedTuple):
 class Dial(NamedTuple):
     """Settings of the draw that are arguments, not constants, of the programs."""
 
-    temperature: jax.Array  # f32[]; 0: the likeliest token
-    top_p: jax.Array  # f32[]; 1: all tokens
+    temperature: Any  # f32[]; 0: the likeliest token
+    top_p: Any  # f32[]; 1: all tokens
 
 
 class State(NamedTuple):

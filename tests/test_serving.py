@@ -378,6 +378,7 @@ def test_a_process_of_its_own_serves_and_leaves_when_told():
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
             url = None
+            assert process.stderr is not None
             for line in process.stderr:
                 if found := re.search(r"mine is at (http://127\.0\.0\.1:\d+/v1)", line):
                     url = found[1]

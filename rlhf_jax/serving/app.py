@@ -6,7 +6,7 @@ import ipaddress
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,9 @@ def make_app(service: Service) -> Any:
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
-async def events(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def events(found: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
     """Server-sent events, one an object."""
-    async with contextlib.aclosing(found) as objects:  # type: ignore[type-var]
+    async with contextlib.aclosing(found) as objects:
         async for entry in objects:
             yield f"data: {json.dumps(entry, ensure_ascii=False)}\n\n"
     yield "data: [DONE]\n\n"
@@ -110,7 +110,7 @@ def serve(
     name: str | None = None,
     max_new_tokens: int = 512,
     max_length: int | None = None,
-    dtype: str = "float32",
+    dtype: Any = "float32",
     tensor: int = 1,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM. Raises `UserError` where the directory, the address or a package is missing."""
@@ -129,7 +129,7 @@ def serve(
 
 
 def open_service(
-    model_dir: Path, name: str, host: str, max_new_tokens: int, max_length: int | None, dtype: str, tensor: int
+    model_dir: Path, name: str, host: str, max_new_tokens: int, max_length: int | None, dtype: Any, tensor: int
 ) -> Service:
     """Load the model, whichever kind it is."""
     devices = jax.devices()[:tensor]
@@ -140,7 +140,7 @@ def open_service(
     if models.has_scalar_head(model_dir):
         model = open_scorer(model_dir, mesh=mesh, devices=devices, dtype=dtype)
     else:
-        generator = open_model(model_dir, config.Model(path=str(model_dir), compute_dtype=dtype), mesh=mesh, devices=devices)  # type: ignore[arg-type]
+        generator = open_model(model_dir, config.Model(path=str(model_dir), compute_dtype=dtype), mesh=mesh, devices=devices)
         model = Streamer(generator, context_of(generator, max_length))
     return Service(name, model, max_new_tokens, (*LOOPBACK, host) if is_loopback(host) else ())
 

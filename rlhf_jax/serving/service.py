@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +158,7 @@ def reply(service: Service, request: Any, asks: list[Ask], made: Reply) -> Any:
     return whole()
 
 
-async def pieces(service: Service, asks: list[Ask]) -> AsyncIterator[Piece]:
+async def pieces(service: Service, asks: list[Ask]) -> AsyncGenerator[Piece, None]:
     """Pieces of all answers, choices numbered through. Leaving it early, as a client that hangs up makes us, stops the model."""
     streamer: Any = service.model
     loop = asyncio.get_running_loop()
@@ -174,7 +174,7 @@ async def pieces(service: Service, asks: list[Ask]) -> AsyncIterator[Piece]:
 
 async def chunks(
     service: Service, asks: list[Ask], made: Reply, count: int, prompt_tokens: int | None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """The objects of a stream; the last holds the usage where `prompt_tokens` is given."""
     if made.chat:
         for index in range(count):
