@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import directories
@@ -15,7 +16,8 @@ from rlhf_jax import chat, cli, evaluate, serving
 from rlhf_jax.errors import UserError
 from rlhf_jax.serving import schema, service
 
-PAGE = (Path(__file__).parent.parent / "docs/using_a_model.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/using_a_model.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -59,13 +61,19 @@ def run(monkeypatch, capsys):
 
 
 def test_the_page_has_every_command():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (extra,) = re.findall(r'^pip install "rlhf-jax\[(\w+)\]"$', blocks("sh")[2], re.MULTILINE)
+    assert {"starlette", "uvicorn"} == {re.split(r"[<>=]", line)[0] for line in extras[extra]}
     assert {words[1] for words in commands("rlhf-jax")} == {command.__name__ for command in cli.cli_models.COMMANDS}
 
 
-def test_chat(place, run):
-    found = [command for command in commands("rlhf-jax") if command[1] == "chat"]
-    assert [len(run(words, "what is 2 + 3 ?\n").splitlines()) for words in found] == [1, 1, 1]
-    assert len(run(found[2], "what is 2 + 3 ?\nand 4 + 4 ?\n").splitlines()) == 2
+def test_chat(place, run, monkeypatch):
+    *typed, piped = [command for command in commands("rlhf-jax") if command[1] == "chat"]
+    assert len(run(piped, "what is 2 + 3 ?\nand 4 + 4 ?\n").splitlines()) == 2
+    started = []
+    monkeypatch.setattr(chat, "chat", lambda directory, **options: started.append(options))
+    assert [run(words) for words in typed] == ["", ""]
+    assert [options["system"] for options in started] == ["", "Answer in one sentence."]
     named = re.findall(r"`(/[a-z]+)[ `]", PAGE)
     assert named == ["/reset", "/system", "/quit"]
     for name in named:
