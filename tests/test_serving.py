@@ -25,6 +25,7 @@ from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import http_reward
 from rlhf_jax.serving import app, schema, service
+from rlhf_jax.streaming import Ask, Piece
 from rlhf_jax.types import RewardInput
 
 ROOT = Path(__file__).parent.parent
@@ -298,7 +299,7 @@ def test_a_fault_of_the_server_is_an_error_object(language, monkeypatch):
 # Several at one time.
 
 
-def test_answers_take_turns_and_a_client_that_hangs_up_stops_its_own(language):
+def test_a_client_that_hangs_up_stops_its_own_answer(language):
     stream = language.client.completions.create(model="tiny", prompt="what", max_tokens=100, seed=1, stream=True)
     first = next(iter(stream))
     short = language.client.completions.create(model="tiny", prompt="what", max_tokens=1, seed=1)
@@ -318,6 +319,29 @@ def test_too_many_are_refused(language, monkeypatch):
     monkeypatch.setattr(service, "WAITING", 0)
     with pytest.raises(openai.RateLimitError, match="ask again later"):
         language.client.completions.create(model="tiny", prompt="what", max_tokens=1)
+
+
+def test_chunks_of_several_answers_alternate():
+    """Eight at one time; the ninth begins when one of them has ended."""
+    order = []
+
+    class Scripted:
+        def stream(self, ask):
+            for number in range(5):
+                order.append((ask.seed, number))
+                yield Piece(0, "", (), "stop" if number == 4 else None)
+
+    async def one(made, seed):
+        return [piece async for piece in service.pieces(made, [Ask([], 1, seed=seed)])]
+
+    async def all_of_them():
+        made = service.Service("m", Scripted(), 1, ())
+        return await asyncio.gather(*(one(made, seed) for seed in range(9)))
+
+    assert [len(found) for found in asyncio.run(all_of_them())] == [5] * 9
+    assert [seed for seed, _ in order[:8]] == list(range(8))
+    assert order.index((7, 1)) < order.index((0, 4)), "nobody is answered to the end before the others have had a turn"
+    assert order.index((8, 0)) > order.index((0, 4))
 
 
 def test_a_turn_is_given_back():
