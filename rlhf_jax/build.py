@@ -69,12 +69,15 @@ def tokenizer_for(stage: str, run: config.Run) -> Tokenizer:
 
 def make_model(settings: config.Model, spec: models.Spec, mesh: Mesh) -> Model:
     """The functions of an architecture as a run wants them computed."""
+    compute_dtype = dtype(settings.compute_dtype)
     return models.make_model(
         spec,
-        compute_dtype=dtype(settings.compute_dtype),
+        compute_dtype=compute_dtype,
         remat=settings.remat,
         attention=settings.attention,
         constrain=parallel.make_constrain(mesh),
+        by_rows=parallel.make_by_rows(mesh, compute_dtype),
+        mesh=mesh,
         lora_scale=_scale(settings.lora),
     )
 
@@ -95,7 +98,7 @@ def read_spec(settings: config.Model, path: str | None, real_vocab: int | None) 
 def check_mesh(spec: models.Spec, mesh: Mesh) -> None:
     """Refuse a mesh that does not divide heads, MLP and vocabulary."""
     sizes = {"attention heads": ("heads", spec.heads), "MLP width": ("mlp", spec.mlp_width)}
-    parallel.check_divides(mesh, sizes | {"vocabulary (pad it)": ("vocab", spec.vocab_size)})
+    parallel.check_divides(mesh, sizes | {"vocabulary": ("vocab", spec.vocab_size)})
 
 
 def abstract_part(

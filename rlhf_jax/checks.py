@@ -203,9 +203,22 @@ def splits(config: c.Run) -> tuple[int, int]:
 
 def check_batch(config: c.Run, ways: int) -> None:
     """UserError if the batch does not divide over minibatches, micro-batches and `ways` = data x fsdp devices of the mesh."""
-    text = batch_problem(config.batch_size, *splits(config), ways)
+    text = batch_problem(config.batch_size, *splits(config), ways) or _score_parts_problem(config, ways)
     if text:
         raise UserError(text)
+
+
+def _score_parts_problem(config: c.Run, ways: int) -> str | None:
+    """What is wrong with the parts in which a batch is scored: each is split over `ways` devices."""
+    parts, rows = getattr(config, "score_parts", 1), config.batch_size // ways
+    if config.batch_size % parts:
+        return f"score_parts is {parts}; it must divide batch_size; these do: {_list(_divisors(config.batch_size))}"
+    if rows % parts:
+        return (
+            f"score_parts is {parts}; it must divide the {rows} rows of each of the {ways} devices (mesh.data x mesh.fsdp) that "
+            f"split batch_size = {config.batch_size}; these do: {_list(_divisors(rows))}"
+        )
+    return None
 
 
 def _batch(config: c.Run) -> Iterator[Problem]:
@@ -213,14 +226,12 @@ def _batch(config: c.Run) -> Iterator[Problem]:
     text = batch_problem(config.batch_size, *splits(config), ways)
     if text:
         yield Problem("batch_size", text)
+    text = None if text else _score_parts_problem(config, ways)
+    if text:
+        yield Problem("score_parts", text)
     if isinstance(config, c.KTORun) and config.batch_size == 1:
         text = "batch_size is 1; kto pairs every prompt with another row's answer, so it must be at least 2"
         yield Problem("batch_size", text)
-    parts = getattr(config, "score_parts", 1)
-    if config.batch_size % parts:
-        yield Problem(
-            "score_parts", f"score_parts is {parts}; it must divide batch_size; these do: {_list(_divisors(config.batch_size))}"
-        )
 
 
 def _lengths(config: c.Run) -> Iterator[Problem]:

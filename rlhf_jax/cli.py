@@ -145,7 +145,8 @@ def fit(
     topologies.prepare_environment(machine)
     module = _start("fit")
     verdict = module.fit(stage, run, machine, only=tuple(only or ()))
-    typer.echo(module.to_json(verdict) if json else module.to_text(verdict))
+    table = _start("fit_table")
+    typer.echo(table.to_json(verdict) if json else table.to_text(verdict))
     if not verdict.fits:
         raise typer.Exit(1)
 

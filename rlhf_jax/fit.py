@@ -2,20 +2,39 @@
 
 XLA's real TPU compiler runs on a CPU machine. It is given the run's own programs (`programs.py`) with shapes instead of
 weights, and says what each needs per device; the text of the compiled program gives collectives and cycle estimates.
+
+The parts of a program (prefill and decode step of a rollout, actor and critic of an update) are read off the same text: what
+one turn of the decode loop costs is the difference between two numbers of turns, the rest are named scopes.
 """
 
 import dataclasses
-import json
+import math
+import re
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import config, hlo, parallel, programs, setups, topologies
+from rlhf_jax import fit_advice, hlo, parallel, programs, setups, topologies
 from rlhf_jax.errors import UserError
+from rlhf_jax.fit_advice import Advice
+from rlhf_jax.fit_flops import count_flops
 
 GIB = 2**30
+SCOPES = {"score": ("actor", "reference", "critic"), "learn": ("actor", "critic")}  # jax.named_scope in scoring and update
+
+
+class Cost(NamedTuple):
+    """What executing a program, or a part of it, takes on one device."""
+
+    name: str
+    flops: float
+    bytes: float  # moved in HBM
+    collectives: dict[str, tuple[int, float]]  # kind -> count, bytes
+    seconds: float  # estimate: the slowest of compute, memory, links, and the compiler's own cycles where it states them
+    bound: str  # which of them: compute, memory or links
+    kernels: int  # calls of custom kernels (flash attention)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +48,8 @@ class Row:
     peak_gib: float  # arguments + temporaries + results that are not donated + others
     capacity_gib: float
     fits: bool
-    flops: float  # per execution, per device
-    bytes: float  # moved in HBM per execution, per device
-    collectives: dict[str, tuple[int, float]]  # kind -> count, bytes per device
-    seconds: float  # estimate: the slowest of compute, memory, links, and the compiler's own cycles where it states them
-    bound: str
+    cost: Cost
+    parts: tuple[Cost, ...] = ()
     compile_s: float
     error: str = ""
 
@@ -43,7 +59,7 @@ class Verdict(NamedTuple):
     mesh: dict[str, int]
     rows: list[Row]
     resident: dict[str, float]  # GiB per device of what stays in memory
-    advice: list[str]
+    advice: list[Advice]
 
     @property
     def fits(self) -> bool:
@@ -66,52 +82,109 @@ def fit(stage: str, run: Any, topology: topologies.Topology, *, only: tuple[str,
     unknown = set(only) - set(steps)
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: this run has the programs {', '.join(steps)}")
+    turns = _turns(stage, run)
+    rows = [measure(name, step, topology, resident, turns) for name, step in steps.items() if not only or name in only]
     sizes = {name: tree_bytes(tree) / GIB for name, tree in resident.items()}
-    rows = [
-        measure(name, step, topology, sizes, resident, trips=run.sampling.max_new_tokens if name == "rollout" else 1)
-        for name, step in steps.items()
-        if not only or name in only
-    ]
-    return Verdict(topology, dict(mesh.shape), rows, sizes, advise(rows, run))
+    worst = max(rows, key=lambda row: row.peak_gib / row.capacity_gib)
+    advice = []
+    if not worst.fits:
+        need = fit_advice.Need(worst.program, worst.peak_gib - worst.temporaries_gib, worst.temporaries_gib, worst.capacity_gib)
+        advice = fit_advice.advise(need, stage, run, dict(mesh.shape))
+    return Verdict(topology, dict(mesh.shape), rows, sizes, advice)
 
 
-def measure(
-    name: str,
-    step: programs.Program,
-    topology: topologies.Topology,
-    sizes: dict[str, float],
-    resident: dict[str, Any],
-    *,
-    trips: int,
-) -> Row:
+class Turns(NamedTuple):
+    """How often loops run."""
+
+    decode: int = 1  # steps of a rollout after the first token, when no answer ends early
+    updates: int = 1  # optimiser steps of an update
+
+
+def _turns(stage: str, run: Any) -> Turns:
+    if not hasattr(run, "sampling"):
+        return Turns()
+    settings = getattr(run, stage)
+    return Turns(max(run.sampling.max_new_tokens - 1, 1), settings.epochs * settings.minibatches)
+
+
+def measure(name: str, step: programs.Program, topology: topologies.Topology, resident: dict[str, Any], turns: Turns) -> Row:
     """Compile one program and read off what it costs."""
-    start = time.perf_counter()
+    start, chip = time.perf_counter(), topology.chip
     given = {id(leaf) for leaf in jax.tree.leaves(step.args)}
-    others = sum(
-        size
-        for part, size in sizes.items()
-        if not any(id(leaf) in given for leaf in jax.tree.leaves(resident[part])) and name not in _ABSENT.get(part, ())
-    )
+    absent = _ABSENT.get(name, ())
+    rest = [leaf for part, tree in resident.items() if part not in absent for leaf in jax.tree.leaves(tree)]
+    others = tree_bytes([leaf for leaf in rest if id(leaf) not in given]) / GIB
+    arguments = tree_bytes(step.args) / GIB
     traced = step.compile().trace(*step.args)
-    flops = count_flops(traced.jaxpr, trips) / topology.devices
-    blank = {"arguments_gib": tree_bytes(step.args) / GIB, "others_gib": others, "capacity_gib": topology.chip.hbm_gib}
+
+    def row(temporaries: float, peak: float, cost: Cost, parts: tuple[Cost, ...] = (), error: str = "") -> Row:
+        return Row(
+            program=name, arguments_gib=arguments, temporaries_gib=temporaries, others_gib=others, peak_gib=peak,
+            capacity_gib=chip.hbm_gib, fits=peak <= chip.hbm_gib and not error, cost=cost, parts=parts,
+            compile_s=time.perf_counter() - start, error=error,
+        )  # fmt: skip
+
     try:
-        compiled = traced.lower().compile(compiler_options=_OPTIONS.get(topology.platform))
+        compiled = traced.lower().compile(compiler_options=parallel.COMPILER_OPTIONS.get(topology.platform))
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        needed = _needed_gib(message, topology.chip.hbm_gib)
-        return Row(
-            program=name, temporaries_gib=max(needed - blank["arguments_gib"], 0.0), peak_gib=needed + others, fits=False,
-            flops=flops, bytes=0.0, collectives={}, seconds=float("nan"), bound="memory", error=message.splitlines()[0][:200],
-            compile_s=time.perf_counter() - start, **blank,
-        )  # fmt: skip
-    memory, found = compiled.memory_analysis(), hlo.report(compiled.as_text(), trips)
-    extra = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
-    blank["arguments_gib"] = memory.argument_size_in_bytes / GIB
-    peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + extra) / GIB + others
-    chip = topology.chip
+        needed = _needed_gib(message, chip.hbm_gib)
+        cost = Cost("", count_flops(traced.jaxpr, turns.decode) / topology.devices, 0.0, {}, math.nan, "memory", 0)
+        return row(max(needed - arguments, 0.0), needed + others, cost, error=message.splitlines()[0][:200])
+    memory = compiled.memory_analysis()
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    # An array that is handed over twice (a base under two adapters) lies in memory once: arguments are ours, not the compiler's.
+    peak = arguments + (memory.temp_size_in_bytes + made) / GIB + others
+    cost, parts = _costs(name, traced.jaxpr, compiled.as_text(), topology, turns)
+    return row(memory.temp_size_in_bytes / GIB, peak, cost, parts)
+
+
+# What a program finds gone: the last copy of the weights for decoding is dropped before the next one is made. While the devices
+# are behind the host it still lies there during scoring and update, so it is counted there.
+_ABSENT = {"sync": ("decoding copy",)}
+
+
+def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turns: Turns) -> tuple[Cost, tuple[Cost, ...]]:
+    """Of the program, and of its parts."""
+
+    def cost(label: str, trips: int, scope: str = "", less: int | None = None, times: int = 1) -> Cost:
+        def both(trips: int) -> tuple[float, hlo.Report]:
+            return count_flops(jaxpr, trips, scope=scope), hlo.report(text, trips, scope=scope)
+
+        flops, found = both(trips)
+        before, base = (0.0, None) if less is None else both(less)
+        return estimate(label, (flops - before) / topology.devices / times, _scaled(found, base, times), topology.chip)
+
+    whole = cost("", turns.decode)
+    if name in ("rollout", "greedy"):
+        return whole, (cost("prefill", 0), cost("decode step", 1, less=0))
+    times = turns.updates if name == "learn" else 1
+    label = "{}, one step" if name == "learn" else "{}"
+    parts = (cost(label.format(scope), 1, scope, times=times) for scope in SCOPES.get(name, ()))
+    return whole, tuple(part for part in parts if part.flops)
+
+
+def _scaled(found: hlo.Report, base: hlo.Report | None, times: int) -> hlo.Report:
+    """(found - base) / times."""
+    none = hlo.Traffic(0, 0.0)
+
+    def less(kind: str, traffic: hlo.Traffic) -> hlo.Traffic:
+        other = none if base is None else base.collectives.get(kind, none)
+        return hlo.Traffic((traffic.count - other.count) // times, (traffic.bytes - other.bytes) / times)
+
+    collectives = {kind: less(kind, traffic) for kind, traffic in found.collectives.items()}
+    return found._replace(
+        collectives={kind: traffic for kind, traffic in collectives.items() if traffic.count},
+        bytes=(found.bytes - (base.bytes if base else 0.0)) / times,
+        cycles=(found.cycles - (base.cycles if base else 0.0)) / times,
+        kernels=(found.kernels - (base.kernels if base else 0)) // times,
+    )
+
+
+def estimate(name: str, flops: float, found: hlo.Report, chip: topologies.Chip) -> Cost:
+    """Seconds and what bounds them. A lower bound: the compiler's cycles leave collectives and custom kernels out."""
     bounds = {
         "compute": max(flops / chip.flops, found.cycles / chip.clock_hz),
         "memory": found.bytes / chip.hbm_bytes if not found.cycles else 0.0,
@@ -120,155 +193,23 @@ def measure(
     if found.cycles and flops / chip.flops < 0.5 * bounds["compute"]:
         bounds["memory"] = bounds.pop("compute")
     bound = max(bounds, key=lambda each: bounds[each])
-    return Row(
-        program=name, temporaries_gib=memory.temp_size_in_bytes / GIB, peak_gib=peak, fits=peak <= chip.hbm_gib, flops=flops,
-        bytes=found.bytes, collectives={kind: (each.count, each.bytes) for kind, each in found.collectives.items()},
-        seconds=bounds[bound], bound=bound, compile_s=time.perf_counter() - start, **blank,
-    )  # fmt: skip
-
-
-# What is not in memory while a program runs: the decoding copy is dropped after the rollout.
-_ABSENT = {"decoding copy": ("score", "reward", "learn", "sync")}
-# Collective matmul splits each matrix product over fsdp into small permutes: 1.9x slower by the compiler's estimate.
-_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+    collectives = {kind: (each.count, each.bytes) for kind, each in found.collectives.items()}
+    return Cost(name, flops, found.bytes, collectives, bounds[bound], bound, found.kernels)
 
 
 def tree_bytes(tree: Any) -> float:
-    """Bytes per device of a tree of abstract arrays with shardings."""
+    """Bytes per device of a tree of abstract arrays with shardings; a leaf that occurs twice counts once."""
     total = 0
-    for leaf in jax.tree.leaves(tree):
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
         shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
-        size = 1
-        for each in shape:
-            size *= each
-        total += size * (leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8)
+        size = leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8
+        total += math.prod(shape) * size
     return float(total)
-
-
-def count_flops(jaxpr: Any, while_trips: int = 1) -> float:
-    """Floating-point operations of the matrix products of a traced program, loops counted as often as they run."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            inner = 1
-            for axis in contract:
-                inner *= eqn.invars[0].aval.shape[axis]
-            total += 2.0 * inner * eqn.outvars[0].aval.size
-            continue
-        times = {"scan": eqn.params.get("length", 1), "while": while_trips}.get(eqn.primitive.name, 1)
-        inside = [count_flops(each, while_trips) for each in _inner_jaxprs(eqn)]
-        if inside:
-            total += times * (max(inside) if eqn.primitive.name == "cond" else sum(inside))
-    return total
-
-
-def _inner_jaxprs(eqn: Any) -> list[Any]:
-    found = []
-    for name, value in eqn.params.items():
-        if name in ("bwd", "fwd_jaxpr_thunk", "jvp_jaxpr_fun", "jvp_jaxpr_thunk"):
-            continue
-        for each in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(each, "jaxpr", each)
-            if hasattr(inner, "eqns"):
-                found.append(inner)
-    return found
 
 
 def _needed_gib(message: str, capacity: float) -> float:
     """What the compiler says it would need, from its out-of-memory message."""
-    import re
-
     used = re.search(r"Used ([\d.]+)([GM])", message) or re.search(r"\(([\d.]+)([GM])\) exceeds", message)
     if not used:
         return 2 * capacity
     return float(used.group(1)) / (1 if used.group(2) == "G" else 1024)
-
-
-_KNOBS = {
-    "learn": ("{algorithm}.micro_batches", "model.remat", "batch_size"),
-    "rollout": ("batch_size", "sampling.max_new_tokens", "mesh.tensor"),
-    "score": ("score_parts", "model.logprob_chunk", "batch_size"),
-    "reward": ("score_parts", "batch_size", "mesh.fsdp"),
-    "update": ("micro_batches", "model.remat", "batch_size"),
-    "sync": ("mesh.tensor", "model.compute_dtype", "mesh.fsdp"),
-}
-
-
-def advise(rows: list[Row], run: config.Run) -> list[str]:
-    """The three keys that bring the worst program under the capacity, and by how much."""
-    worst = max(rows, key=lambda row: row.peak_gib / row.capacity_gib, default=None)
-    if worst is None or worst.fits:
-        return []
-    fixed = worst.arguments_gib + worst.others_gib
-    room = worst.capacity_gib - fixed
-    if room <= 0:
-        factor = 1
-        while fixed / factor > 0.8 * worst.capacity_gib:
-            factor *= 2
-        return [
-            f"mesh.fsdp x {factor} (more devices): weights and optimisers alone need {fixed:.1f} of {worst.capacity_gib:.1f} GiB",
-            "model.lora: train adapters; one frozen base instead of four models and two optimisers",
-            "model.param_dtype: bfloat16 halves the weights",
-        ]
-    factor = 2
-    while worst.temporaries_gib / factor > 0.9 * room:
-        factor *= 2
-    algorithm = next((name for name in ("ppo", "grpo", "rloo") if hasattr(run, name)), "ppo")
-    texts = {
-        "{algorithm}.micro_batches": f"{algorithm}.micro_batches: multiply by {factor}",
-        "micro_batches": f"micro_batches: multiply by {factor}",
-        "score_parts": f"score_parts: multiply by {factor}",
-        "batch_size": f"batch_size: divide by {factor}",
-        "sampling.max_new_tokens": f"sampling.max_new_tokens: divide by {factor}",
-        "model.logprob_chunk": f"model.logprob_chunk: divide by {factor}",
-        "model.remat": f"model.remat: full (now {run.model.remat})",
-        "mesh.tensor": f"mesh.tensor: multiply by {min(factor, 4)}",
-        "mesh.fsdp": f"mesh.fsdp: multiply by {factor}",
-        "model.compute_dtype": "model.compute_dtype: bfloat16",
-    }
-    return [texts[key] for key in _KNOBS.get(worst.program, _KNOBS["learn"])]
-
-
-def to_json(verdict: Verdict) -> str:
-    """The table as JSON, numbers unrounded."""
-    return json.dumps(
-        {
-            "topology": verdict.topology._asdict() | {"chip": verdict.topology.chip._asdict()},
-            "mesh": verdict.mesh,
-            "programs": [dataclasses.asdict(row) for row in verdict.rows],
-            "resident_gib": verdict.resident,
-            "fits": verdict.fits,
-            "advice": verdict.advice,
-        },
-        indent=1,
-    )
-
-
-def to_text(verdict: Verdict) -> str:
-    """The table for people, and for `docs/fit.md`."""
-    chip, topology = verdict.topology.chip, verdict.topology
-    lines = [
-        f"{topology.name}: {topology.devices} devices ({topology.kind} {topology.shape}, {topology.slices} slice(s)), "
-        f"{chip.hbm_gib:.2f} GiB each; mesh " + " x ".join(f"{name}={size}" for name, size in verdict.mesh.items()),
-        "",
-        "| program | arguments | temporaries | others | peak GiB | of capacity | TFLOP | GB moved "
-        "| collectives (count, GiB) | est. s | bound | compile s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in verdict.rows:
-        share = f"{row.peak_gib / row.capacity_gib:.0%}" + ("" if row.fits else " DOES NOT FIT")
-        gib = f"{row.arguments_gib:.2f} | {row.temporaries_gib:.2f} | {row.others_gib:.2f} | {row.peak_gib:.2f}"
-        moves = ", ".join(f"{kind} {n} {size / GIB:.2f}" for kind, (n, size) in row.collectives.items()) or "none"
-        lines.append(
-            f"| {row.program} | {gib} | {share} | {row.flops / 1e12:.2f} | {row.bytes / 1e9:.1f} | {moves} "
-            f"| {row.seconds:.3g} | {row.bound} | {row.compile_s:.0f} |"
-        )
-    lines += ["", "resident, GiB per device: " + ", ".join(f"{name} {size:.2f}" for name, size in verdict.resident.items())]
-    worst = max(verdict.rows, key=lambda row: row.peak_gib / row.capacity_gib)
-    lines.append(
-        f"verdict: {'fits' if verdict.fits else 'DOES NOT FIT'}; the worst program is {worst.program} with "
-        f"{worst.peak_gib:.2f} of {worst.capacity_gib:.2f} GiB ({worst.peak_gib / worst.capacity_gib:.0%})"
-    )
-    lines += [f"  change {text}" for text in verdict.advice]
-    return "\n".join(lines)

@@ -122,22 +122,29 @@ def parse(text: str, while_trips: int = 1) -> Program:
     return Program(computations, dict(times), dict(fused), unknown)
 
 
-def report(text: str, while_trips: int = 1) -> Report:
-    """Collectives, bytes, cycles and kernels of one execution on one device."""
+def report(text: str, while_trips: int = 1, *, scope: str = "") -> Report:
+    """Collectives, bytes, cycles and kernels of one execution on one device.
+
+    Args:
+      text, while_trips: as in `parse`. What one turn of a decode loop costs is the difference between two numbers of trips.
+      scope: count only what was traced inside `jax.named_scope(scope)`, its gradient included.
+    """
     program = parse(text, while_trips)
+    inside = re.compile(rf'op_name="[^"]*\b{re.escape(scope)}\b')
     traffic: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    moved, cycles, kernels = 0.0, 0.0, 0.0
     by_op: dict[str, float] = defaultdict(float)
+    moved, cycles, kernels = 0.0, 0.0, 0.0
     for name, body in program.computations.items():
-        count = program.times.get(name, 0.0)
-        inside = program.fused.get(name, 0.0)
+        count, fused = program.times.get(name, 0.0), program.fused.get(name, 0.0)
         shapes = {op.name: op.shape for op in body}
         for op in body:
+            if scope and not inside.search(op.rest):
+                continue
             kind = op.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and (count or inside):
+            if kind in COLLECTIVES and (count or fused):
                 size = shape_bytes(op.shape) / (2 if op.opcode.endswith("-start") else 1)
-                traffic[kind][0] += count or inside
-                traffic[kind][1] += size * (count or inside)
+                traffic[kind][0] += count or fused
+                traffic[kind][1] += size * (count or fused)
                 continue
             if not count:
                 continue
@@ -147,8 +154,7 @@ def report(text: str, while_trips: int = 1) -> Report:
             if estimate:
                 cycles += int(estimate.group(1)) * count
                 by_op[_op_name(op)] += int(estimate.group(1)) * count
-            if op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
-                kernels += count
+            kernels += count * (op.opcode == "custom-call" and "tpu_custom_call" in op.rest)
     return Report(
         collectives={kind: Traffic(int(n), size) for kind, (n, size) in sorted(traffic.items())},
         bytes=moved,

@@ -95,6 +95,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             decoding = do["sync"](state.actor.params, frozen.actor)
             rollout = do["rollout"](decoding, prompts, key)
             greedy = do["greedy"](decoding, prompts, key) if "greedy" in do else None
+            del decoding  # or the next step would hold two copies
             until(rollout.finished)
         with recorder.phase("score", step + 1) as until, health.phase("score", setup.components):
             scored = do["score"](state.actor.params, critic, frozen, rollout)

@@ -4,6 +4,7 @@ Parameters carry logical axis names; `RULES` says which mesh axis splits each. T
 shardings. Mesh axes are Auto: XLA's partitioner propagates, `constrain` pins what it would get wrong.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -31,6 +32,8 @@ RULES: dict[str | None, Any] = {
     "vocab": "tensor",
     "experts": None,
 }
+# Collective matmul splits each matrix product over fsdp into small permutes: slower by the compiler's own estimate (docs/fit.md).
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
 def start_processes() -> None:
@@ -102,15 +105,20 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
     Args:
       sizes: what the user calls it -> (logical axis, size), for example {"batch_size": ("batch", 64)}.
     """
-    wrong = []
+    wrong, axes = [], set()
     for name, (logical, size) in sizes.items():
         parts = axis_size(mesh, logical)
         if size % parts:
             below, above = size // parts * parts, (size // parts + 1) * parts
             near = f"{below} or {above}" if below else str(above)
             wrong.append(f"{name}={size} is not a multiple of {parts} ({_arithmetic(mesh, logical)}); nearest: {near}")
+            axes.add(RULES[logical])
     if wrong:
-        raise UserError("mesh: " + "; ".join(wrong) + "; change the size, or the mesh")
+        remedy = "change the size, or the mesh"
+        if axes == {"tensor"}:
+            common = math.gcd(*(size for logical, size in sizes.values() if RULES[logical] == "tensor"))
+            remedy = f"mesh.tensor may be {', '.join(str(n) for n in range(1, common + 1) if common % n == 0)}"
+        raise UserError("mesh: " + "; ".join(wrong) + "; " + remedy)
 
 
 def _arithmetic(mesh: Mesh, logical: str) -> str:
@@ -174,6 +182,50 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], 
     return constrain
 
 
+def make_constrain_rows(mesh: Mesh) -> Callable[[Any], Any]:
+    """Pins a tree of arrays whose first axis is a (mini-)batch: shuffled rows go back to where rows belong."""
+    if mesh.size == 1:
+        return lambda tree: tree
+    return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
+
+
+def make_by_rows(mesh: Mesh, wire_dtype: Any) -> Callable[..., Any]:
+    """`by_rows(fn, weights, axes, *rows)` = fn(weights, *rows), every device with its own rows and whole matrices.
+
+    The partitioner sums the gradient of a matrix that a loop uses over the devices at every turn of the loop. Here a matrix that
+    is split over fsdp is gathered once before, in `wire_dtype`; its gradient stays on the device, is summed in the matrix's own
+    dtype, and is reduced once after the loop. The tensor axis stays the partitioner's business.
+
+    Args:
+      weights: tree of parameters, axes: their logical axes; rows: trees of arrays (or None) whose first axis is the batch.
+    """
+    split = RULES["batch"]
+
+    def by_rows(fn: Callable[..., Any], weights: Any, axes: Any, *rows: Any) -> Any:
+        parts = axis_size(mesh, "batch")
+        if parts == 1 or any(leaf.shape[0] % parts for leaf in jax.tree.leaves(rows)):
+            return fn(weights, *rows)
+        whole = jax.tree.map(functools.partial(_gathered, mesh, wire_dtype), weights, axes)
+
+        def own(whole: Any, *rows: Any) -> Any:
+            varying = jax.tree.map(lambda x: jax.lax.pcast(x, split, to="varying"), whole)
+            return fn(jax.tree.map(lambda x, like: x.astype(like.dtype), varying, weights), *rows)
+
+        specs = (PartitionSpec(), *(PartitionSpec(split) for _ in rows))
+        step = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(split), axis_names=set(split))
+        return step(whole, *rows)
+
+    return by_rows
+
+
+def _gathered(mesh: Mesh, wire_dtype: Any, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter, whole on every fsdp shard; `wire_dtype` is what travels."""
+    spec, whole = (partition(mesh, names, x.shape, gather=gather) for gather in ((), ("fsdp",)))
+    if spec != whole:  # pinned on both sides of the gather, or the partitioner gathers before it casts
+        x = jax.lax.with_sharding_constraint(x.astype(wire_dtype), NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
+
+
 def compile_step(fn: Callable, *, in_: Any = None, out: Any = None, donate: tuple[int, ...] = ()) -> Any:
     """Jit one step of a run with its shardings and donated arguments; None leaves a placement to the arguments."""
     options: dict[str, Any] = {"donate_argnums": donate}
@@ -181,6 +233,8 @@ def compile_step(fn: Callable, *, in_: Any = None, out: Any = None, donate: tupl
         options["in_shardings"] = in_
     if out is not None:
         options["out_shardings"] = out
+    if jax.default_backend() in COMPILER_OPTIONS:
+        options["compiler_options"] = COMPILER_OPTIONS[jax.default_backend()]
     return jax.jit(fn, **options)
 
 

@@ -200,7 +200,7 @@ def online_programs(
         "rollout": Program(sample, (decoding, prompts, key), rows),
         "score": Program(score, (actor.trained, critic, frozen, rollout), rows),
         "learn": Program(
-            _learn(run, algorithm, parts, optimizers, entropy=settings.entropy_coef != 0),
+            _learn(run, algorithm, parts, optimizers, mesh, entropy=settings.entropy_coef != 0),
             (state, frozen, rollout, scores, scored, key, ptx),
             (shardings(state), rep),
             donate=(0,),
@@ -278,6 +278,7 @@ def _learn(
     algorithm: training.Algorithm,
     parts: Parts,
     optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    mesh: Mesh,
     *,
     entropy: bool,
 ) -> Callable[..., Any]:
@@ -286,7 +287,11 @@ def _learn(
     value = None if parts.critic is None else scoring.make_value_apply(parts.critic.model)
     text = scoring.make_sequence_apply(model, run.model.logprob_chunk)
     update = algorithm.make_update(
-        policy, value, *optimizers, sequence_apply=lambda params, frozen, batch: text(params, frozen.actor, batch)
+        policy,
+        value,
+        *optimizers,
+        sequence_apply=lambda params, frozen, batch: text(params, frozen.actor, batch),
+        constrain=parallel.make_constrain_rows(mesh),
     )
 
     def learn(

@@ -8,8 +8,9 @@ Policy, old policy and reference are all scored at the temperature of the sample
 that it kept: ratio and KL are those of the distribution that was sampled.
 """
 
+import functools
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -44,16 +45,12 @@ def make_policy_apply(
     def apply(params: Params, frozen: Frozen, batch: Batch) -> Scored:
         actor = join(frozen.actor, params)
         states = response_states(model, actor, batch)
-        logprobs, entropies = ops.token_logprobs(
-            states,
-            lambda hidden: model.logits(actor, hidden),
-            responses(batch),
-            temperature=temperature,
-            chunk=chunk,
-            kept=batch.kept,
-            mask=batch.action_mask,
-            entropy=entropy,
-        )
+
+        def score(head: Params, states: jax.Array, targets: jax.Array, kept: jax.Array | None, mask: jax.Array) -> Any:
+            unembed, options = functools.partial(model.logits, head), {"temperature": temperature, "chunk": chunk}
+            return ops.token_logprobs(states, unembed, targets, kept=kept, mask=mask, entropy=entropy, **options)
+
+        logprobs, entropies = model.by_rows(score, (actor,), states, responses(batch), batch.kept, batch.action_mask)
         kl = None
         if kl_model is not None:
             kl = reference_kl(model, actor, states, kl_model, frozen, batch, temperature=temperature, chunk=chunk)
@@ -98,15 +95,18 @@ def make_scorer(
     reuse = old_logprobs == "rollout" and not {"kl", "entropy"} & set(needs)
 
     def score(actor_params: Params, critic_params: Params | None, frozen: Frozen, rollout: Rollout) -> Scored:
-        scored = Scored(logprobs=rollout.logprobs) if reuse else policy(actor_params, frozen, rollout)
+        with jax.named_scope("actor"):
+            scored = Scored(logprobs=rollout.logprobs) if reuse else policy(actor_params, frozen, rollout)
         if old_logprobs == "rollout":
             scored = scored.replace(logprobs=rollout.logprobs)
         if "reference" in needs:
             reference = Frozen(actor=reference_params(frozen))
-            ref = make_policy_apply(actor, temperature=temperature, chunk=chunk)({}, reference, rollout)
+            with jax.named_scope("reference"):
+                ref = make_policy_apply(actor, temperature=temperature, chunk=chunk)({}, reference, rollout)
             scored = scored.replace(ref_logprobs=ref.logprobs)
         if "critic" in needs and critic is not None:
-            values, bootstrap = values_and_bootstrap(critic, join(frozen.critic, critic_params), rollout)
+            with jax.named_scope("critic"):
+                values, bootstrap = values_and_bootstrap(critic, join(frozen.critic, critic_params), rollout)
             scored = scored.replace(values=values, bootstrap=bootstrap)
         return scored
 
@@ -137,9 +137,11 @@ def make_sequence_apply(model: Model, chunk: int = 128) -> Callable[[Params, Par
         mask = sequences.mask[:, 1:] & sequences.mask[:, :-1]
         if sequences.segments is not None:
             mask &= sequences.segments[:, 1:] == sequences.segments[:, :-1]
-        logprobs, _ = ops.token_logprobs(
-            hidden[:, :-1], lambda state: model.logits(merged, state), sequences.tokens[:, 1:], chunk=chunk, mask=mask
-        )
+
+        def score(head: Params, states: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+            return ops.token_logprobs(states, functools.partial(model.logits, head), targets, chunk=chunk, mask=mask)[0]
+
+        logprobs = model.by_rows(score, (merged,), hidden[:, :-1], sequences.tokens[:, 1:], mask)
         return jnp.pad(logprobs, ((0, 0), (1, 0)))
 
     return apply
@@ -177,16 +179,14 @@ def reference_kl(
 ) -> jax.Array:
     """Exact KL(actor || reference) before every response token, f32[B, R], nats; `states` are the actor's."""
     reference = lax.stop_gradient(reference_params(frozen))
-    return ops.token_kl(
-        states,
-        lambda hidden: model.logits(actor, hidden),
-        lax.stop_gradient(response_states(kl_model, reference, batch)),
-        lambda hidden: kl_model.logits(reference, hidden),
-        temperature=temperature,
-        chunk=chunk,
-        kept=batch.kept,
-        mask=batch.action_mask,
-    )
+    ref_states = lax.stop_gradient(response_states(kl_model, reference, batch))
+
+    def kl(head: Params, ref_head: Params, states: jax.Array, ref_states: jax.Array, kept: Any, mask: jax.Array) -> jax.Array:
+        unembed, ref_unembed = functools.partial(model.logits, head), functools.partial(kl_model.logits, ref_head)
+        options = {"temperature": temperature, "chunk": chunk}
+        return ops.token_kl(states, unembed, ref_states, ref_unembed, kept=kept, mask=mask, **options)
+
+    return model.by_rows(kl, (actor, reference), states, ref_states, batch.kept, batch.action_mask)
 
 
 def reference_params(frozen: Frozen) -> Params:

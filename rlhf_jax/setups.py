@@ -422,17 +422,20 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     algorithm = build.algorithm(stage, settings)
     own_reference = "reference" in algorithm.needs and (model.lora is None or settings.reference is not None)
     scorer = settings.reward.model
-    given = getattr(settings, "critic", None) or scorer
-    actor = part(path, "lm", trained=True)
+    actor, critic = part(path, "lm", trained=True), None
     if lora.is_adapter(scorer):
         reward = build.abstract_on(model, mesh, abstract_spec(model, path), actor, head="score", path=scorer)
     else:
         reward = part(scorer, "score", trained=False) if scorer is not None else None
+    if "critic" in algorithm.needs:
+        given = getattr(settings, "critic", None) or scorer
+        given = None if lora.is_adapter(given) else given
+        critic = part(given or path, "value", trained=True)
+        if given in (None, path):  # one base under both adapters, as `set_up_online` shares it
+            critic = critic._replace(frozen=actor.frozen)
     parts = programs.Parts(
         actor=actor,
-        critic=part(path if given is None or lora.is_adapter(given) else given, "value", trained=True)
-        if "critic" in algorithm.needs
-        else None,
+        critic=critic,
         reference=part(settings.reference or path, "lm", trained=False) if own_reference else None,
         reward=reward,
     )

@@ -66,9 +66,9 @@ def parse(name: str) -> Topology:
         )
     slices, kind, number, shape = int(found.group(1) or 1), found.group(2), found.group(3), found.group(4)
     if kind == "cpu" or kind in GPUS:
-        if shape:
+        if shape or not int(number):
             raise UserError(f"--topology {name}: {kind} takes a number of devices, {kind}-8")
-        chip = GPUS.get(kind) or Chip(_host_memory_gib(), 1e11, 2e10, 1e10, 3e9, 1, ())
+        chip = GPUS.get(kind) or Chip(_host_memory_gib() / int(number), 1e11, 2e10, 1e10, 3e9, 1, ())
         return Topology(name, "cpu" if kind == "cpu" else "cuda", kind, number, slices, int(number) * slices, chip)
     chip = CHIPS[kind]
     if shape is None:

@@ -168,6 +168,9 @@ class Model:
     ]  # (params, cache, token[B], position[B], slot[], valid[B,S]) -> hidden[B,D], cache
     for_decoding: Callable[[Params], Params] = lambda params: params  # layers unstacked, cast: what prefill and decode take
     axes: Callable[[Params], Any] = lambda params: None  # logical axis names of every parameter, same tree
+    by_rows: Callable[..., Any] = (  # (fn, trees of params, *rows) -> fn(*what `logits` reads of each tree, *rows)
+        lambda fn, trees, *rows: fn(*trees, *rows)
+    )  # on a mesh every device computes its own rows, and the output matrix is gathered once, however fn loops
 
 
 class Calibration(NamedTuple):

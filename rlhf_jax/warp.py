@@ -99,15 +99,17 @@ def draw(scores: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Arra
         shifted = jnp.pad(shifted, ((0, 0), (0, spare)), constant_values=-jnp.inf)
     shifted = shifted.reshape(-1, blocks, width)
     mass = jnp.exp(shifted).sum(-1)
-    if keys is None:
-        block = jnp.argmax(shifted.max(-1), -1)
-    else:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (blocks + width,)))(keys)
-        block = jnp.argmax(jnp.log(mass) + noise[:, :blocks], -1)
+    # Two draws, not one that is cut in two: over a vocabulary split among devices that would reshuffle the noise.
+    block = jnp.argmax(shifted.max(-1) if keys is None else jnp.log(mass) + _noise(keys, 0, blocks), -1)
     inside = jnp.take_along_axis(shifted, block[:, None, None], axis=1)[:, 0]
-    place = jnp.argmax(inside if keys is None else inside + noise[:, blocks:], -1)
+    place = jnp.argmax(inside if keys is None else inside + _noise(keys, 1, width), -1)
     logprob = jnp.take_along_axis(inside, place[:, None], axis=1)[:, 0] - jnp.log(mass.sum(-1))
     return (block * width + place).astype(jnp.int32), logprob
+
+
+def _noise(keys: jax.Array, purpose: int, size: int) -> jax.Array:
+    """Gumbel noise f32[B, size], another one for each purpose."""
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), (size,)))(keys)
 
 
 def block_count(vocab_size: int) -> int:

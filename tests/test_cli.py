@@ -166,7 +166,8 @@ def test_config_prints_a_run_file_and_the_page(run):
 
 def test_fit_says_by_its_status_whether_it_fits(run, monkeypatch, tmp_path):
     verdict = SimpleNamespace(fits=False)
-    fake(monkeypatch, "fit", fit=lambda stage, run, machine, only: verdict, to_text=lambda v: "table", to_json=lambda v: "{}")
+    fake(monkeypatch, "fit", fit=lambda stage, run, machine, only: verdict)
+    fake(monkeypatch, "fit_table", to_text=lambda v: "table", to_json=lambda v: "{}")
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     assert run("fit", path, "--topology", "v5e-8") == (1, "table\n", "")

@@ -85,8 +85,8 @@ def test_pure_data_parallelism_moves_gradients_alone() -> None:
     found = hlo.report(step.lower(state, rows, Frozen()).compile().as_text()).collectives
     assert set(found) == {"all-reduce"}
     params = state.trained.params
-    chunks = 16 // SETTINGS.model.logprob_chunk  # the tied head's gradient is summed once a chunk of the log-probabilities
-    wanted = 4 * (sum(leaf.size for leaf in jax.tree.leaves(params)) + chunks * params["embed"]["embedding"].size)
+    head = params["embed"]["embedding"].size  # of the tied matrix, as head: once, however many chunks the log-probabilities have
+    wanted = 4 * (sum(leaf.size for leaf in jax.tree.leaves(params)) + head)
     assert found["all-reduce"].bytes <= wanted + 1024  # each gradient once, and a few scalars
 
 
@@ -129,8 +129,10 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused_with_the_nearest_that_i
     mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES)
     with pytest.raises(UserError, match=r"batch_size=6 is not a multiple of 4 \(data=2 x fsdp=2\); nearest: 4 or 8"):
         parallel.check_divides(mesh, {"batch_size": ("batch", 6)})
-    with pytest.raises(UserError, match=r"attention heads=3 .* nearest: 2 or 4"):
+    with pytest.raises(UserError, match=r"attention heads=3 .* nearest: 2 or 4; mesh.tensor may be 1, 3"):
         parallel.check_divides(mesh, {"attention heads": ("heads", 3)})
+    with pytest.raises(UserError, match=r"vocabulary=9 .*; mesh.tensor may be 1, 3"):
+        parallel.check_divides(mesh, {"attention heads": ("heads", 6), "vocabulary": ("vocab", 9)})
     parallel.check_divides(mesh, {"batch_size": ("batch", 8), "attention heads": ("heads", 4)})
 
 

@@ -114,19 +114,23 @@ def make_update(
             batch = losses.prepare(constrain(_take(experience, rows[0])))
             text = None if ptx is None else constrain(_take(ptx, rows[1]))
             counts = losses.denominators(batch)
-            value, metrics, grads = _actor_gradient(losses, passes, actor.params, frozen, batch, text, counts, state.kl_coef)
-            something = jnp.any(batch.action_mask)  # False where no score was finite, or where no group had information
-            scored = something if batch.scores is None else something | jnp.any(jnp.isfinite(batch.scores))
-            finite = jnp.isfinite(value) & scored
-            stop = jnp.zeros((), bool) if passes.kl_stop is None else metrics["policy/approx_kl_nats"] > passes.kl_stop
-            actor, done = apply_gradients(actor_tx, actor, grads, finite, wanted=wanted & something & ~stop)
+            with jax.named_scope("actor"):
+                value, metrics, grads = _actor_gradient(losses, passes, actor.params, frozen, batch, text, counts, state.kl_coef)
+                something = jnp.any(batch.action_mask)  # False where no score was finite, or where no group had information
+                scored = something if batch.scores is None else something | jnp.any(jnp.isfinite(batch.scores))
+                finite = jnp.isfinite(value) & scored
+                stop = jnp.zeros((), bool) if passes.kl_stop is None else metrics["policy/approx_kl_nats"] > passes.kl_stop
+                actor, done = apply_gradients(actor_tx, actor, grads, finite, wanted=wanted & something & ~stop)
             metrics |= {
                 "policy/loss": value,
                 "policy/grad_norm": done["update/grad_norm"],
                 "update/skipped": done["update/skipped"],
             }
             if losses.value is not None:
-                critic, done = _critic_step(losses.value, passes, critic_tx, critic, frozen, batch, counts, wanted=~stop)
+                # Else both are computed side by side, and the saved states of two backward passes lie in memory at one time.
+                actor, batch = jax.lax.optimization_barrier((actor, batch))
+                with jax.named_scope("critic"):
+                    critic, done = _critic_step(losses.value, passes, critic_tx, critic, frozen, batch, counts, wanted=~stop)
                 skipped = jnp.maximum(metrics["update/skipped"], done.pop("update/skipped"))
                 metrics |= done | {"update/skipped": skipped}
             return (actor, critic, stop), metrics

@@ -13,6 +13,12 @@ from rlhf_jax.types import Params
 PADDED_LOGIT = -1e30  # of rows beyond the tokenizer: never sampled, probability exactly 0, yet 0 * logit is 0 and not NaN
 
 
+def weights(spec: Spec, params: Params) -> Params:
+    """What `logits` reads."""
+    name = "embed" if spec.tied else "head"
+    return {name: params[name]}
+
+
 def logits(spec: Spec, params: Params, x: jax.Array) -> jax.Array:
     """f32[..., V] of states [..., D]: accumulated, capped, biased and cut to the tokenizer's vocabulary in float32."""
     if spec.tied:

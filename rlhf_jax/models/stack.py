@@ -160,7 +160,10 @@ def _rematerialised(remat: str, body: Callable) -> Callable:
 
 def embed(d: Decoder, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     # A table sharded over its columns and indexed directly makes GSPMD gather it whole and in vain: cast, pin, then index.
-    table = d.constrain(params["embed"]["embedding"].astype(d.compute_dtype), ("vocab", None))
+    table = params["embed"]["embedding"]
+    if table.dtype != d.compute_dtype:  # pinned before the gather too, or it gathers first and casts then
+        table = d.constrain(table.astype(d.compute_dtype), ("vocab", "embed"))
+    table = d.constrain(table, ("vocab", None))
     x = table[tokens]
     if d.spec.embed_scale != 1.0:
         x *= jnp.asarray(d.spec.embed_scale, x.dtype)

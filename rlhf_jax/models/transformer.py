@@ -10,6 +10,7 @@ Parameters are nested dictionaries. Left out: dropout (off in RLHF), the router'
 windows, expert parallelism.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def make_model(
     remat: str = "none",
     attention: str = "dense",
     constrain: stack.Constrain = stack.unconstrained,
+    by_rows: Callable[..., Any] | None = None,
     mesh: Mesh | None = None,
     lora_scale: float = 1.0,
 ) -> Model:
@@ -37,6 +39,7 @@ def make_model(
         remat: what the backward pass recomputes: "none", "full", "dots" (all but matrix products), "save_attention".
         attention: "dense", or "flash" where the device has a kernel for it.
         constrain: (x, logical axes) -> x, pins the sharding of activations.
+        by_rows: (fn, weights, logical axes, *rows) -> fn(weights, *rows), computed apart for each device's rows.
         mesh: devices that the flash kernel is for and split over; default: this process's first device.
         lora_scale: alpha / rank of an adapter joined to the parameters.
     """
@@ -49,6 +52,14 @@ def make_model(
         lora_scale=lora_scale,
         constrain=constrain,
     )
+
+    def heads_by_rows(fn: Callable[..., Any], trees: tuple[Any, ...], *rows: Any) -> Any:
+        weights = tuple(heads.weights(spec, tree) for tree in trees)
+        if by_rows is None:
+            return fn(*weights, *rows)
+        names = tuple(params.axes(spec, tree) for tree in weights)
+        return by_rows(lambda weights, *rows: fn(*weights, *rows), weights, names, *rows)
+
     return Model(
         vocab_size=spec.vocab_size,
         init=lambda key, *, head="lm": params.init(spec, key, head=head),
@@ -61,4 +72,5 @@ def make_model(
         decode=lambda tree, cache, token, position, slot, valid: decoding.decode(d, tree, cache, token, position, slot, valid),
         for_decoding=lambda tree: params.unstack(spec, tree, compute_dtype),
         axes=lambda tree: params.axes(spec, tree),
+        by_rows=heads_by_rows,
     )
