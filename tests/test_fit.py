@@ -136,7 +136,7 @@ def test_every_program_of_a_small_run_compiles_for_a_tpu_slice(tmp_path) -> None
     layers = 2
     assert step["collectives"]["all-reduce"][0] <= 2 * layers + 6  # attention, MLP; the rest: embedding, sampling, the loop's end
     gathered = rows["learn"]["parts"]["actor, one step"]["collectives"]["all-gather"][1]
-    assert gathered < 6 * 2 * PARAMETERS / 2, "bfloat16 halves of the weights, each time they are used"
+    assert gathered < 8 * 2 * PARAMETERS / 2, "bfloat16 halves of the weights: forward, recomputed, backward, some counted twice"
     assert done.stderr == "", "the TPU library is silent"
 
 
