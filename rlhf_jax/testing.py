@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import config
+from rlhf_jax import config, parallel
 from rlhf_jax.types import Experience, Model, Params, Preferences, Prompts, Rollout, Sequences
 
 if TYPE_CHECKING:
@@ -97,6 +97,55 @@ def history_logits(params: Params, tokens: Any, mask: Any, *, decay: float = 0.0
 def history_scores(params: Params, tokens: Any, mask: Any, *, decay: float = 0.0) -> np.ndarray:
     """Scores of `markov_model` at every position, f64[B, T]."""
     return _recur(np.asarray(params["scores"], np.float64)[:, None], tokens, mask, decay)[..., 0]
+
+
+def check_model(model: Model, params: Params | None = None, *, tolerance: float = 1e-4) -> None:
+    """Raise ValueError where a model breaks what sampling and scoring rely on; seconds for a small one.
+
+    Logits and scores of a token may depend on the tokens before it alone: neither on the width of the padding, nor on what stands
+    in it, nor on later tokens; and reading token by token (`prefill`, `decode`) must give what reading at once (`hidden`) gives.
+
+    Args: params, default `model.init`; tolerance, largest difference of a logit or score, relative to 1 + its size.
+    """
+    params = model.init(jax.random.key(0), head="score") if params is None else params
+    prompt, responses, wider = 4, 3, 2
+    rollout = random_rollout(0, 3, prompt, responses, model.vocab_size)
+    mask, other = np.asarray(rollout.mask), (np.asarray(rollout.tokens) + 1) % model.vocab_size
+
+    heads = parallel.compile_step(lambda params, states: (model.logits(params, states), model.score(params, states)))
+    read = parallel.compile_step(lambda params, tokens, mask: model.hidden(params, tokens, mask))
+    known = heads(params, read(params, rollout.tokens, rollout.mask))
+
+    def compare(what: str, found: jax.Array, at: np.ndarray) -> None:
+        for name, a, b in zip(("logits", "scores"), map(np.asarray, heads(params, found)), map(np.asarray, known), strict=True):
+            gap = np.max(np.abs(a - b) / (1.0 + np.abs(b)), initial=0.0, where=at.reshape(at.shape + (1,) * (b.ndim - 2)))
+            if not gap <= tolerance:
+                raise ValueError(f"{what} changes {name} by {gap:.3g} (relative to 1 + their size); allowed: {tolerance:g}")
+
+    compare("what stands in the padding", read(params, _i32(np.where(mask, rollout.tokens, other)), rollout.mask), mask)
+    padded = [np.pad(x, ((0, 0), (wider, 0))) for x in (np.asarray(rollout.tokens), mask)]
+    compare("the width of the padding", read(params, _i32(padded[0]), jnp.asarray(padded[1]))[:, wider:], mask)
+    last = np.asarray(rollout.tokens).copy()
+    last[:, -1] = other[:, -1]
+    earlier = mask & (np.arange(mask.shape[1]) < mask.shape[1] - 1)
+    compare("a later token", read(params, _i32(last), rollout.mask), earlier)
+    compare("reading token by token", _token_by_token(model, params, rollout, prompt), mask)
+
+
+def _token_by_token(model: Model, params: Params, rollout: Rollout, prompt: int) -> jax.Array:
+    """Hidden states [B, L, D] as the sampler makes them: `prefill` of the prompt, then `decode` of every response token."""
+    prefill = parallel.compile_step(lambda params, tokens, mask: model.prefill(params, tokens, mask, rollout.mask.shape[1]))
+    decode = parallel.compile_step(model.decode)
+    decoding = model.for_decoding(params)
+    states, cache = prefill(decoding, rollout.tokens[:, :prompt], rollout.mask[:, :prompt])
+    columns = [states]
+    position = rollout.mask[:, :prompt].sum(1, dtype=jnp.int32)
+    for slot in range(prompt, rollout.mask.shape[1]):
+        valid = rollout.mask & (np.arange(rollout.mask.shape[1]) <= slot)[None]
+        state, cache = decode(decoding, cache, rollout.tokens[:, slot], position, jnp.int32(slot), valid)
+        columns.append(state[:, None])
+        position += 1
+    return jnp.concatenate(columns, 1)
 
 
 def log_softmax(logits: Any) -> np.ndarray:

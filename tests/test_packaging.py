@@ -48,6 +48,7 @@ FLOORS = {
         "chat",
         "serving",
         "evaluate",
+        "functional",
     },
     "loops": {"online", "offline", "quickstart"},
     "commands": {"cli", "__main__"},
@@ -62,7 +63,7 @@ MAY_KNOW = {
     "decoding": PURE,
     **dict.fromkeys(SERVICES, ("facts",)),
     "machines": ("facts",),
-    "testing": (*PURE, "models"),
+    "testing": (*PURE, "models", "placement"),
     "assembly": (*PURE, *SERVICES, "algorithms", "models", "decoding", "machines"),
     "loops": (*PURE, *SERVICES, "algorithms", "models", "decoding", "machines", "assembly"),
     "commands": tuple(FLOORS),
@@ -261,6 +262,13 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert anywhere <= hard | extras
     assert hard <= anywhere | INDIRECT
     assert hard & {"torch", "tensorflow", "datasets", "wandb", "ray", "grain", "vllm", "matplotlib"} == set()
+
+
+def test_the_extra_that_a_message_names_brings_what_is_missing():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (PACKAGE / "data").glob("*.py"))
+    asked = {name.partition(".")[0] for name in re.findall(r'\bextra\("([\w.]+)"', sources)}
+    assert asked == {"datasets", "pyarrow", "zstandard"}
+    assert asked <= names_of(PROJECT["optional-dependencies"]["data"])
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-dev.txt"])

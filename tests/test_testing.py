@@ -1,11 +1,13 @@
 """The models with known answers keep their promises; the tokenizer and the random batches are what they say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import testing
+from rlhf_jax import models, testing
 
 V = 6
 
@@ -82,3 +84,36 @@ def test_random_batches_are_consistent():
     again = testing.random_rollout(5, 6, 5, 4, V)
     np.testing.assert_array_equal(again.tokens, testing.random_rollout(5, 6, 5, 4, V).tokens)
     assert (np.asarray(again.logprobs)[~np.asarray(again.action_mask)] == 0).all()
+
+
+def test_check_model_passes_what_keeps_the_promises():
+    testing.check_model(_one_function())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        ({"hidden": lambda x, mask: x * jnp.arange(1, x.shape[1] + 1)[None, :, None]}, "the width of the padding"),
+        ({"hidden": lambda x, mask: jnp.cumsum(x, 1)}, "what stands in the padding"),
+        ({"hidden": lambda x, mask: jnp.where(mask[..., None], x, 0).sum(1, keepdims=True) + x}, "a later token"),
+        ({"decode": 1.0}, "reading token by token"),
+        ({"hidden": lambda x, mask: x * jnp.nan}, "logits by nan"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_check_model_names_what_is_broken(break_it, named):
+    with pytest.raises(ValueError, match=named):
+        testing.check_model(_one_function(**break_it))
+
+
+def _one_function(hidden=None, decode=0.0):
+    """`models.without_cache` of a masked running sum of embeddings, or of something wrong."""
+    good = lambda x, mask: jnp.cumsum(jnp.where(mask[..., None], x, 0.0), 1)  # noqa: E731
+    model = models.without_cache(
+        lambda params, tokens, mask: (hidden or good)(params[tokens], mask),
+        vocab_size=V,
+        init=lambda key, *, head="lm": jax.random.normal(key, (V, V)),
+        logits=lambda params, states: states @ params,
+        score=lambda params, states: states.sum(-1),
+    )
+    return dataclasses.replace(model, decode=lambda *args: (lambda h, c: (h + decode, c))(*model.decode(*args)))

@@ -50,8 +50,10 @@ class Table:
     def example(self, example: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Tokens i32[T] and trained bool[T] of each sequence of an example."""
         if self.cache is None:
-            where = self.source.where(int(self.numbers[example]))
-            found = encode(self.row(example), self.purpose, self.tokenizer, self.data, where)
+            try:
+                found = encode(self.row(example), self.purpose, self.tokenizer, self.data, self.source.name)
+            except UserError as error:  # the file has changed; finding a line number reads it from its beginning
+                raise type(error)(_located(str(error), self.source, int(self.numbers[example]))) from None
             return [(np.asarray(ids, np.int32), np.asarray(trained, bool)) for ids, trained in found.sequences]
         tokens, trained, first = self.cache
         edges = int(first[example]) + np.concatenate([[0], np.cumsum(self.lengths[example])])

@@ -3,6 +3,7 @@
 from rlhf_jax.models.families import FAMILIES, spec_of
 from rlhf_jax.models.known import KNOWN
 from rlhf_jax.models.load import Checkpoint, has_scalar_head, load_checkpoint, read_spec
+from rlhf_jax.models.recompute import without_cache
 from rlhf_jax.models.rope import at_fixed_length
 from rlhf_jax.models.save import save_checkpoint
 from rlhf_jax.models.scratch import scratch_spec
@@ -22,4 +23,5 @@ __all__ = [
     "save_checkpoint",
     "scratch_spec",
     "spec_of",
+    "without_cache",
 ]

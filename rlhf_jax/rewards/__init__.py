@@ -92,7 +92,7 @@ def _culprit(function: Callable[[RewardInput], Any], batch: RewardInput, timeout
 
 def _bound(entry: config.RewardFunction, tokenizer: Any) -> Callable[[RewardInput], Any]:
     """A function with its options filled in. Errors: `UserError` for options that it does not take."""
-    function = REWARDS.get(entry.function) or load_function(entry.function)
+    function = REWARDS.get(entry.function) or load_function(entry.function, REWARDS)
     options = dict(entry.options)
     parameters = dict(inspect.signature(function).parameters)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -3,7 +3,7 @@
 import ast
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from rlhf_jax.rewards.call import call, explain
 LOAD_TIMEOUT_S = 60.0
 
 
-def load_function(target: str) -> Callable[..., Any]:
-    """Run a Python file and take one function from it. Only an explicit path is ever run.
+def load_function(target: str, shipped: Collection[str] = ()) -> Callable[..., Any]:
+    """Run a Python file and take one function from it. Only an explicit path is ever run. `shipped` are names for the message.
 
     Errors: `UserError` for a missing file or function, a file that does not run, a thing that cannot be called.
     """
     path, _, name = target.rpartition(":")
     if not path or not name.isidentifier():
-        raise UserError(f"reward.functions: {target!r} is neither a shipped reward nor path/to/file.py:function")
+        known = f"; shipped are {', '.join(shipped)}" if shipped else ""
+        raise UserError(f"reward.functions: {target!r} is neither a shipped reward nor path/to/file.py:function{known}")
     file = Path(path)
     if not file.is_file():
         raise UserError(f"reward.functions: {target!r}: no file {path!r} (from {Path.cwd()})")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import config, sampling, scoring, testing
+from rlhf_jax import config, functional, testing
 from rlhf_jax.algorithms.training import Algorithm
 from rlhf_jax.types import Frozen, Moments, Preferences, Prompts, Rollout, RunState, Sequences, TrainState
 
@@ -55,15 +55,16 @@ def run_state(params, actor_tx, critic=None, critic_tx=None, kl_coef=0.0) -> Run
 
 def online(algorithm: Algorithm, *, steps: int = 80, answers: int = 48, learning_rate: float = 0.15, kl_coef: float = 0.0):
     """seed key -> (probability of the right answer before, after, metrics of every step); pure, to be jitted and mapped."""
-    group = algorithm.group_size
-    actor_tx, critic_tx = optax.adam(learning_rate), optax.adam(learning_rate)
-    sample = sampling.make_sampler(MODEL, SAMPLING, stop_ids=(EOS,), pad_id=PAD, samples=group)
-    greedy = sampling.make_sampler(MODEL, config.Sampling(max_new_tokens=R, temperature=0.0), stop_ids=(EOS,), pad_id=PAD)
-    critic = MODEL if "critic" in algorithm.needs else None
-    judge = scoring.make_scorer(MODEL, critic, needs=algorithm.needs)
-    policy = scoring.make_policy_apply(MODEL, kl_model=MODEL if "kl" in algorithm.needs else None)
-    update = algorithm.make_update(policy, None if critic is None else scoring.make_value_apply(MODEL), actor_tx, critic_tx)
-    count = answers // group
+    run = functional.online(
+        algorithm,
+        MODEL,
+        SAMPLING,
+        stop_ids=(EOS,),
+        pad_id=PAD,
+        actor_tx=optax.adam(learning_rate),
+        critic_tx=optax.adam(learning_rate),
+    )
+    count = answers // algorithm.group_size
     prompts = Prompts(
         tokens=(jnp.arange(count, dtype=jnp.int32) % 3)[:, None],
         mask=jnp.ones((count, 1), bool),
@@ -73,18 +74,13 @@ def online(algorithm: Algorithm, *, steps: int = 80, answers: int = 48, learning
     def learn(key: jax.Array):
         params = jax.tree.map(lambda x: 0.3 * x, MODEL.init(jax.random.fold_in(key, 0)))
         frozen = Frozen(reference=params)
-        value = None if critic is None else jax.tree.map(jnp.zeros_like, params)
-        state = run_state(params, actor_tx, value, critic_tx, kl_coef)
+        value = jax.tree.map(jnp.zeros_like, params) if "critic" in algorithm.needs else None
+        state = run.init(params, critic=value, kl_coef=kl_coef)
 
         def step(state: RunState, now: jax.Array):
-            rollout = sample(state.actor.params, prompts, now)
-            scores = score(rollout)
-            scored = judge(state.actor.params, None if state.critic is None else state.critic.params, frozen, rollout)
-            if "greedy" in algorithm.needs:
-                scored = scored.replace(greedy_score=score(greedy(state.actor.params, prompts, now)))
-            experience, shaping = algorithm.make_experience(rollout, scores, scored, state.kl_coef)
-            state, metrics = update(state, experience, now, frozen)
-            return state, shaping | metrics
+            rollout = run.sample(state, frozen, prompts, now)
+            greedy = score(run.greedy(state, frozen, prompts, now)) if "greedy" in algorithm.needs else None
+            return run.learn(state, frozen, rollout, score(rollout), now, greedy_scores=greedy)
 
         state, metrics = jax.lax.scan(step, state, jax.random.split(jax.random.fold_in(key, 1), steps))
         return right_probability(params), right_probability(state.actor.params), metrics

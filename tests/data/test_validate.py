@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.config import Data, Model, PPORun, RewardRun, Run, Scratch, SFTRun
+from rlhf_jax.config import OFFLINE, STAGES, Data, Model, PPORun, RewardRun, Run, Scratch, SFTRun
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.validate import histogram, validate
 from rlhf_jax.errors import UserError
@@ -52,6 +52,13 @@ def test_report_of_fine_tuning_and_prompts(pairs: str):
     assert [record["stage"] for record in ppo.rows] == ["prompts", "sft"]
     with pytest.raises(UserError, match="cannot be checked"):
         validate(Run(model=MODEL, data=Data(path=pairs)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_can_be_checked_and_is_read_as_it_will_train(pairs: str, stage: str):
+    purpose = "sft" if stage == "sft" else "preferences" if stage in OFFLINE else "prompts"  # as `build.tokenizer_for` does
+    report = validate(STAGES[stage](model=MODEL, data=Data(path=pairs), batch_size=8))
+    assert [record["stage"] for record in report.rows] == [purpose]
 
 
 def test_validation_imports_no_jax(pairs: str):

@@ -188,6 +188,8 @@ def test_only_an_explicit_path_is_run():
         load_function("lenght")
     with pytest.raises(UserError, match="neither a shipped reward"):
         load_function("os.system:")
+    with pytest.raises(UserError, match="shipped are exact, length, math_answer, regex, repetition"):
+        make_reward(Reward(functions=(RewardFunction(function="lenght"),)))
 
 
 @pytest.mark.parametrize(
