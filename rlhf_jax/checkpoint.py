@@ -276,6 +276,7 @@ def state_digest(state: Any) -> str:
 
 def read(path: Path) -> dict[str, np.ndarray]:
     """Arrays of one checkpoint directory on the host, by name ("actor/params/…"), on one device, without the run's model."""
+    path = path.absolute()  # what Orbax asks for
     description = json.loads((path / shelf.DESCRIPTION).read_text())
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {

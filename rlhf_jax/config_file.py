@@ -218,6 +218,11 @@ class _Reader:
         full = [n for n in self.names if n in elsewhere or n.rpartition(".")[2] in elsewhere]
         if full:
             return f"; did you mean {' or '.join(repr(name) for name in full[:3])}?"
+        owners = [
+            stage for stage, cls in STAGES.items() if not prefix and key in {field.name for field in dataclasses.fields(cls)}
+        ]
+        if owners:
+            return f": a key of {', '.join(owners)}; start the file with rlhf-jax {owners[0]}, or take the key out"
         group = prefix.rstrip(".") or "this file"
         return f"; {group} knows {_cut(', '.join(known), 200)}"
 

@@ -103,7 +103,8 @@ def test_unknown_key_names_the_nearest(text, override, message):
 
 
 def test_stage_has_its_own_keys():
-    assert "unknown key 'ppo'" in refusal("ppo: {gamma: 1}\n", cls=config.SFTRun)
+    told = refusal("ppo: {gamma: 1}\n", cls=config.SFTRun)
+    assert "unknown key 'ppo': a key of ppo; start the file with rlhf-jax ppo, or take the key out" in told
 
 
 # Row 28: traps of YAML, and types

@@ -87,7 +87,7 @@ def test_seeds_and_settings_side_by_side_make_a_table(capsys):
     module = example("vmap_seeds")
     table = module.main(steps=3, seeds=2, learning_rates=(1e-3,), kl_coefs=(0.0, 0.2))
     assert capsys.readouterr().out.strip() == table
-    rows = re.findall(r"^ +1e-03 +(0.00|0.20) +(\S+) -> (\S+) \((\S+)\) +(\S+)$", table, re.MULTILINE)
+    rows = re.findall(r"^ +1e-03 +(0.00|0.20) +(\S+) -> +(\S+) \((\S+)\) +(\S+)$", table, re.MULTILINE)
     assert [row[0] for row in rows] == ["0.00", "0.20"]
     assert rows[0][1] == rows[1][1]  # the same seeds begin alike, whatever the coefficient
     assert "4 runs of 3 steps" in table
