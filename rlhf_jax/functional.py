@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import config, sampling, scoring
-from rlhf_jax.algorithms.training import Algorithm
+from rlhf_jax.algorithms.training import Algorithm, require
 from rlhf_jax.programs import ALARMS, init_train_state
 from rlhf_jax.types import Frozen, Metrics, Model, Moments, Params, Rollout, RunState, join
 
@@ -92,7 +92,7 @@ def online(
         *,
         greedy_scores: jax.Array | None = None,
     ) -> tuple[RunState, Metrics]:
-        values = None if state.critic is None else state.critic.params
+        values = require(state.critic, "a critic (`init(actor, critic=...)`, critic_tx)").params if wants_critic else None
         scored = score(state.actor.params, values, frozen, rollout).replace(greedy_score=greedy_scores)
         experience, shaping = algorithm.make_experience(rollout, scores, scored, state.kl_coef)
         state, metrics = update(state, experience, key, frozen)
