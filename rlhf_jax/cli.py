@@ -102,9 +102,10 @@ def _training_command(stage: str, summary: str) -> None:
         ] = "",
     ) -> None:
         run = _load(config, overrides, stage)
+        from rlhf_jax import environment
         from rlhf_jax.config import OFFLINE
 
-        _start("parallel").start_processes()
+        _start("parallel").start_processes(on_tpu=environment.has_tpu() and os.environ.get("JAX_PLATFORMS") != "cpu")
         room = _start("offline" if stage in OFFLINE else "online")
         room.run(stage, run, from_scratch=from_scratch, override=[key for key in resume_override.split(",") if key])
 

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
-GOOGLE_PCI_VENDOR = "0x1ae0"
+TPU_PCI_VENDOR = "0x1ae0"  # Google's; its network cards and disks have it too
+TPU_PCI_DEVICES = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # as JAX knows them: v2/v3 … tpu7x
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's notes about machine features, autotuning and absent devices
     "TPU_MIN_LOG_LEVEL": "2",
@@ -32,11 +33,21 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "rlhf-jax" / "xla"
 
 
+def has_tpu() -> bool:
+    """This machine has TPU chips."""
+
+    def word(path: Path) -> str:
+        return path.read_text().strip()
+
+    google = (path.parent for path in PCI_DEVICES.glob("*/vendor") if word(path) == TPU_PCI_VENDOR)
+    return any(word(device / "device") in TPU_PCI_DEVICES for device in google)
+
+
 def _tpu_library_without_tpu() -> bool:
     """libtpu is installed (for `rlhf-jax fit`), but there is no chip: it would print half a page while it finds out."""
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:
         return False
-    return all(path.read_text().strip() != GOOGLE_PCI_VENDOR for path in PCI_DEVICES.glob("*/vendor"))
+    return not has_tpu()
 
 
 def prepare() -> None:

@@ -36,8 +36,11 @@ RULES: dict[str | None, Any] = {
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
-def start_processes() -> None:
-    """Join a run of several processes, where the environment describes one (a TPU slice, or JAX_COORDINATOR_ADDRESS)."""
+def start_processes(*, on_tpu: bool = False) -> None:
+    """Join a run of several processes, where there is one: JAX_COORDINATOR_ADDRESS, or a TPU slice.
+
+    GKE tells a slice's hosts in variables; on TPU VMs (`on_tpu`: this machine has TPU chips) JAX asks the machine's metadata.
+    """
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         if os.environ.get("JAX_PLATFORMS", "") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -46,8 +49,12 @@ def start_processes() -> None:
             int(os.environ["JAX_NUM_PROCESSES"]),
             int(os.environ["JAX_PROCESS_ID"]),
         )
-    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
-        jax.distributed.initialize()
+    elif on_tpu or os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):
+                raise  # otherwise JAX found no slice around this machine: its chips are all there are
 
 
 def is_main_process() -> bool:

@@ -92,6 +92,24 @@ def test_training_commands_start_the_loop_with_the_configuration(stage, run, mon
     assert options == {"from_scratch": True, "override": ["seed", "model.path"]}
 
 
+@pytest.mark.parametrize(("chips", "platforms", "asked"), [(True, "", 1), (True, "cpu", 0), (False, "", 0)])
+def test_the_hosts_of_a_slice_find_one_another(run, monkeypatch, tmp_path, chips, platforms, asked):
+    """On a TPU VM no variable names the other hosts: JAX asks the machine's metadata, and without any the host is alone."""
+    calls = []
+
+    def initialize(*args):
+        calls.append(args)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    monkeypatch.setattr(environment, "has_tpu", lambda: chips)
+    monkeypatch.setitem(os.environ, "JAX_PLATFORMS", platforms)
+    fake(monkeypatch, "offline", run=lambda *args, **kwargs: None)
+    (tmp_path / "run.yaml").write_text(RUN)
+    assert run("sft", tmp_path / "run.yaml") == (0, "", "")
+    assert calls == [()] * asked
+
+
 def test_a_run_that_was_asked_to_stop_says_how_to_go_on(run, monkeypatch, tmp_path):
     def stop(*args, **kwargs):
         raise signals.Stopped("saved at step 3; go on with: rlhf-jax sft run.yaml")
@@ -255,11 +273,18 @@ def test_a_home_that_cannot_be_written_to_gets_a_temporary_cache(monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("library", "vendor", "platforms"), [(True, "0x10de", "cpu"), (True, "0x1ae0", None), (False, "0x10de", None)]
+    ("library", "vendor", "device", "platforms"),
+    [
+        (True, "0x10de", "0x2330", "cpu"),
+        (True, "0x1ae0", "0x0063", None),  # TPU v5e
+        (True, "0x1ae0", "0x0042", "cpu"),  # Google's network card
+        (False, "0x10de", "0x2330", None),
+    ],
 )
-def test_the_tpu_library_is_not_asked_where_there_is_no_tpu(monkeypatch, tmp_path, library, vendor, platforms):
+def test_the_tpu_library_is_not_asked_where_there_is_no_tpu(monkeypatch, tmp_path, library, vendor, device, platforms):
     (tmp_path / "0").mkdir()
     (tmp_path / "0/vendor").write_text(vendor + "\n")
+    (tmp_path / "0/device").write_text(device + "\n")
     monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
     monkeypatch.setattr(environment, "PCI_DEVICES", tmp_path)
     monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: library or None if name == "libtpu" else None)
