@@ -1,7 +1,8 @@
 """What README.md and docs/ say is so: their Python runs, their commands run or parse, their keys, metrics, links and files exist.
 
 A command in a block of a page is executed here on tiny settings. Only parsed, their run files read and their overrides applied,
-are those on pages in `NEEDS_A_CLUSTER`, and the commands in `ELSEWHERE`, which the named test executes. What a sentence mentions
+are those on pages in `NEEDS_A_CLUSTER`, and the commands in `ELSEWHERE`, which the named test executes. `OWN_TEST` names pages
+with a test of their own that runs all of them. What a sentence mentions
 (`rlhf-jax report RUN`) is parsed.
 """
 
@@ -30,12 +31,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "PAPERS.md", *sorted((ROOT / "docs").glob("*.md"))]
 BY_NAME = {page.name: page for page in PAGES}
 NEEDS_A_CLUSTER = {"tpu.md", "fit.md"}
+OWN_TEST = {
+    "five_stages.md": "tests/algorithms/test_deepspeed_chat.py",
+    "using_a_model.md": "tests/test_using_a_model.py",
+}
 ELSEWHERE = {
     "quickstart": "tests/test_runs_end_to_end.py::test_the_quickstart_chains_its_stages",
     "fit": "tests/test_fit.py",
-    "evaluate": "tests/test_evaluate.py",
-    "chat": "tests/serving",
-    "serve": "tests/serving",
+    "evaluate": OWN_TEST["using_a_model.md"],
+    "chat": OWN_TEST["using_a_model.md"],
+    "serve": OWN_TEST["using_a_model.md"],
 }
 TINY = {  # what makes a stage of the pages small
     "sft": "steps=2 batch_size=8 data.max_tokens=64 data.max_prompt_tokens=40 model.scratch.width=32 model.scratch.layers=1 "
@@ -70,12 +75,12 @@ def mentioned(page: Path) -> list[list[str]]:
 
 # ------------------------------------------------------------------------------------------------- Python and YAML
 
-PYTHON = [page.name for page in PAGES if blocks(page, "python") and page.name not in ("five_stages.md", "rewards.md")]
+PYTHON = [page.name for page in PAGES if blocks(page, "python") and page.name not in (*OWN_TEST, "rewards.md")]
 
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
-    """Each block by itself. (five_stages.md is one program, run by tests/algorithms/test_deepspeed_chat.py.)"""
+    """Each block by itself."""
     monkeypatch.chdir(tmp_path)
     tokens = testing.random_rollout(0, 2, 3, 2, 64)
     spec = models.scratch_spec(testing.tiny_scratch(64), 64)
@@ -194,7 +199,7 @@ def test_every_command_parses_and_its_files_exist(page):
     for words in commands(page):
         parse(words)
         check_run_file(words)
-        assert words[0] in ELSEWHERE or words[0] in EXECUTED or page.name in NEEDS_A_CLUSTER, words
+        assert words[0] in ELSEWHERE or words[0] in EXECUTED or page.name in {*NEEDS_A_CLUSTER, *OWN_TEST}, words
     for words in mentioned(page):
         parse(words)
     for line in shell_lines(page):
@@ -203,10 +208,9 @@ def test_every_command_parses_and_its_files_exist(page):
 
 
 def test_what_is_executed_elsewhere_is():
-    for name, where in ELSEWHERE.items():
+    assert ELSEWHERE.keys() <= typer.main.get_command(cli.app).commands.keys()
+    for where in [*ELSEWHERE.values(), *OWN_TEST.values()]:
         path, _, test = where.partition("::")
-        if name not in typer.main.get_command(cli.app).commands:
-            continue
         assert (ROOT / path).exists(), where
         assert not test or test in {node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if hasattr(node, "name")}
 
@@ -230,7 +234,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_the_commands_of_the_pages_run_one_after_the_other(workplace, monkeypatch, capfd):
-    todo = [words for page in PAGES if page.name not in NEEDS_A_CLUSTER for words in commands(page)]
+    todo = [words for page in PAGES if page.name not in {*NEEDS_A_CLUSTER, *OWN_TEST} for words in commands(page)]
     todo = sorted({tuple(words): None for words in todo if words[0] in EXECUTED}, key=lambda words: EXECUTED.index(words[0]))
     assert {words[0] for words in todo} == set(EXECUTED)
     for words in todo:
