@@ -170,6 +170,29 @@ def test_labels_are_what_tells_paths_apart(tmp_path):
     assert [run.tone for run in load_runs(paths)] == [0, 1, 2]
 
 
+def as_stage(path, stage):
+    """The same run as if another algorithm had made it."""
+    for name in ("metrics.jsonl", "samples.jsonl", "summary.json"):
+        file = path / name
+        file.write_text(file.read_text(encoding="utf-8").replace('"stage": "ppo"', f'"stage": "{stage}"'), encoding="utf-8")
+    return path
+
+
+def test_algorithms_in_one_directory_are_told_apart_by_their_names(tmp_path):
+    runs.sft(tmp_path / "a" / "sft", steps=4)
+    for stage in ("ppo", "grpo", "rloo"):
+        as_stage(runs.ppo(tmp_path / "a" / stage, steps=4), stage)
+    found = load_runs([tmp_path / "a"])
+    assert [(run.stage, run.label) for run in found] == [(stage, stage) for stage in ("sft", "ppo", "grpo", "rloo")]
+    assert len({run.tone for run in found}) == 4
+    write_report([tmp_path / "a"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"<tr><td>{stage}</td>" in page for stage in ("ppo", "grpo", "rloo"))
+    as_stage(runs.ppo(tmp_path / "b" / "grpo", steps=4), "grpo")
+    labels = [run.label for run in load_runs([tmp_path / "a", tmp_path / "b"])]
+    assert labels == ["a", "a ppo", "a grpo", "a rloo", "b"]
+
+
 def test_long_labels_lose_what_they_share(tmp_path):
     paths = [runs.ppo(tmp_path / f"a-long-name-kl-0.{i}-seed-{i}-final", steps=2) for i in range(2)]
     assert [run.label for run in load_runs(paths)] == ["0.0-seed-0", "0.1-seed-1"]

@@ -12,6 +12,7 @@ from rlhf_jax.report.scales import Point
 
 CONFIG = "config.resolved.yaml"
 ORDER = ("sft", "reward", "reward_model", "ppo")
+BEFORE = ("sft", "reward", "reward_model")  # stages that lead to a policy; every other stage trains one
 NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "reward_model": "Reward model"}
 
 
@@ -43,7 +44,7 @@ def load_runs(paths: Sequence[Path]) -> list[StageRun]:
         found += _read_stages(holder)
     rank = {stage: index for index, stage in enumerate(ORDER)}
     found.sort(key=lambda run: rank.get(run.stage, len(ORDER)))
-    labels = {id(run): label for run, label in zip(found, _labels(found), strict=True)}
+    labels = {id(run): label for run, label in zip(found, _told_apart(found, _labels(found)), strict=True)}
     tones = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
     return [run._replace(label=labels[id(run)], tone=tones[labels[id(run)]]) for run in found]
 
@@ -57,8 +58,9 @@ def by_stage(runs: Sequence[StageRun]) -> dict[str, list[StageRun]]:
 
 
 def compares(runs: Sequence[StageRun]) -> bool:
-    """Whether some stage appears more than once, so that curves are told apart by run."""
-    return any(len(group) > 1 for group in by_stage(runs).values())
+    """Whether some stage appears more than once, or several algorithms do, so that curves are told apart by run."""
+    groups = by_stage(runs)
+    return any(len(group) > 1 for group in groups.values()) or len(groups.keys() - set(BEFORE)) > 1
 
 
 def text(value: Any, limit: int | None = None) -> str:
@@ -130,6 +132,18 @@ def _labels(runs: Sequence[StageRun]) -> list[str]:
     head = next((i for i in range(shortest) if len({names[i] for names in distinct}) > 1), shortest - 1)
     tail = next((i for i in range(shortest - head) if len({names[-1 - i] for names in distinct}) > 1), 0)
     return _shortened(["/".join(names[head : len(names) - tail]) or names[-1] for names in parts])
+
+
+def _told_apart(runs: Sequence[StageRun], labels: list[str]) -> list[str]:
+    """Algorithms beside one another in one directory are told apart by their stage, not by the directory."""
+    policies = [(label, run.stage) for run, label in zip(runs, labels, strict=True) if run.stage not in BEFORE]
+    shared = {label for label, stage in policies if any(label == other and stage != third for other, third in policies)}
+    if shared and len(set(labels)) == 1:
+        return [run.stage for run in runs]
+    return [
+        f"{label} {run.stage}" if label in shared and run.stage not in BEFORE else label
+        for run, label in zip(runs, labels, strict=True)
+    ]
 
 
 def _shortened(labels: Sequence[str]) -> list[str]:

@@ -109,7 +109,7 @@ def _tile_table(runs: Sequence[StageRun]) -> str:
             points = next((run.column(key) for run in own if run.column(key)), [])
             first, last = ends(points) if points else (math.nan, math.nan)
             cells.append(f"<td>{number(first)} → {number(last)}</td>" if points else "<td>–</td>")
-        cells.append(f"<td>{duration(sum(run.summary.get('wall_s') or 0.0 for run in own))}</td>")
+        cells.append(f"<td>{duration(sum(amount(run, 'wall_s') for run in own))}</td>")
         rows.append(f"<tr><td>{text(label)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name, _ in shown)
     table = f"<table><thead><tr><th>Run</th>{head}<th>Time</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
