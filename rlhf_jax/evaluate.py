@@ -304,11 +304,11 @@ def figures(answers: Answers, scores: dict[str, Array], other: dict[str, Array],
             rate = estimates.shares(estimates.pass_at_k(s.samples, right, k), confidence=s.confidence)
             found.append(Figure(f"pass@{k}", first, "", rate, f"right from {s.right_from:g} on"))
         for n in s.best_of:
-            note = f"picked by {first}, KL to the model at most {estimates.best_of_n_kl(n):.2f} nats"
-            found += [
-                Figure(f"best_of_{n}", name, "reward units", mean(estimates.best_of_n(selecting, n, values)), note)
-                for name, values in scores.items()
-            ]
+            cost = f"KL to the model at most {estimates.best_of_n_kl(n):.2f} nats"
+            for name, values in scores.items():
+                best = mean(estimates.best_of_n(selecting, n, values))
+                note = cost if name == first else f"picked by {first}, {cost}"
+                found.append(Figure(f"best_of_{n}", name, "reward units", best, note))
     found.append(Figure("length", "", "tokens", mean(lengths)))
     ended = estimates.shares(answers.finished.mean(1), confidence=s.confidence)
     return [*found, Figure("finished", "", "", ended, "ended by end-of-sequence")]

@@ -98,7 +98,11 @@ def test_without_a_template_it_is_a_transcript(streamer):
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(streamer, monkeypatch, capsys):
     conversation = Conversation(Scripted(streamer, ["once ", "upon", KeyboardInterrupt, " a time"], ["yes"]), 10, 1.0, 1.0, 0)
     typed(monkeypatch, "tell me", None, "go on")
-    talk(conversation, "runs/ppo/final")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        talk(conversation, "runs/ppo/final")
+    finally:
+        signal.signal(signal.SIGINT, before)
     out = capsys.readouterr().out
     assert "once upon" in out
     assert "stopped, 9 characters in" in out

@@ -41,7 +41,7 @@ class Running:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        settings = uvicorn.Config(app.make_app(self.service), log_config=None, ws="none", lifespan="off")
+        settings = uvicorn.Config(app.make_app(self.service), log_config=None, **app.HTTP)
         self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -39,7 +40,6 @@ def place(tmp_path, monkeypatch):
         Path(f"runs/quickstart/{stage}/final").symlink_to(directory)
     Path("runs/quickstart/reward").mkdir()
     Path("runs/quickstart/reward/final").symlink_to(directories.reward_model())
-    Path("prompts.txt").write_text("what is\nit is\n")
     Path("sums.jsonl").write_text(json.dumps({"prompt": "what is 2 + 3 ?", "answer": "5"}) + "\n")
     return tmp_path
 
@@ -82,11 +82,14 @@ def test_chat(place, run, monkeypatch):
 
 def test_evaluate(place, run):
     found = [command for command in commands("rlhf-jax") if command[1] == "evaluate"]
-    assert len(found) == 3
-    texts = [run([*words, "--batch-size", "8"]) for words in found]
+    assert len(found) == 4
+    (loop,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("for ")]
+    subprocess.run(["bash", "-c", loop], check=True, timeout=20)
+    assert len(set(Path("prompts.txt").read_text().splitlines())) == 4
+    texts = [run([*words, "--batch-size", "8", "--limit", "2"]) for words in found]
     shown = [line.split("  ")[0] for line in blocks("text")[0].splitlines()[1:]]
     assert [line.split("  ")[0] for line in texts[0].splitlines()[1:]] == shown
-    assert [figure["of"] for figure in json.loads(texts[2])["figures"][:2]] == [words[-3] for words in found[2:]] + ["repetition"]
+    assert [figure["of"] for figure in json.loads(texts[3])["figures"][:2]] == [found[3][-3], "repetition"]
     assert len(Path("answers.jsonl").read_text().splitlines()) == 1
     for option in re.findall(r"`(--[a-z-]+)", PAGE):
         named = option.removeprefix("--").replace("-", "_")

@@ -23,6 +23,7 @@ from rlhf_jax.streaming import Streamer, context_of
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names under which a server on loopback is spoken to
 BODY_LIMIT = 4 << 20  # bytes
 BODY_SECONDS = 30.0  # a body that is not there by then never comes
+HTTP: dict[str, Any] = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off"}  # the same whatever is installed
 HUNG_UP = 499  # status that nobody reads: the client has gone
 
 
@@ -120,9 +121,7 @@ def serve(
         raise UserError(f"rlhf-jax serve needs the package {error.name}: pip install 'rlhf-jax[serve]'") from None
     with listening(host, port) as listener:
         service = open_service(model_dir, name or str(model_dir), host, max_new_tokens, max_length, dtype, tensor)
-        settings = uvicorn.Config(
-            make_app(service), log_level="warning", access_log=False, ws="none", lifespan="off", timeout_graceful_shutdown=5
-        )
+        settings = uvicorn.Config(make_app(service), log_level="warning", access_log=False, timeout_graceful_shutdown=5, **HTTP)
         announce(service, host, listener.getsockname()[1])
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listener])
