@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "repetition_penalty": POSITIVE,
     "Source.weight": POSITIVE,
     **dict.fromkeys(("max_prompt_tokens", "limit"), COUNT),
+    "length_buckets": Range(low=1, high=16),
     "max_tokens": Range(low=2),
     "eval_fraction": FRACTION_BELOW_1,
     **dict.fromkeys(("timeout_s", "target", "horizon"), POSITIVE),
@@ -84,7 +85,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), POSITIVE),
     "Save.every": NOT_NEGATIVE,
     "Log.every": COUNT,
-    **dict.fromkeys(("keep_last", "keep_every"), COUNT),
+    **dict.fromkeys(("keep_last", "keep_every", "profile_step"), COUNT),
     **dict.fromkeys(("eval_every", "eval_prompts"), NOT_NEGATIVE),
     **dict.fromkeys(("max_bad_steps", "patience"), COUNT),
     **dict.fromkeys(("kl_nats", "ratio", "stall_factor", "stall_s"), POSITIVE),
@@ -101,6 +102,9 @@ def find_problems(config: Any) -> list[Problem]:
     problems += _model(config.model, config.mesh)
     problems += _data(config.data, "data")
     problems += _batch(config)
+    if config.log.profile_step is not None and config.log.profile_step > config.steps:
+        text = f"log.profile_step is {config.log.profile_step}; it must be at most steps = {config.steps}"
+        problems.append(Problem("log.profile_step", text))
     problems += _lengths(config)
     if isinstance(config, c.OnlineRun):
         problems += _online(config)

@@ -100,12 +100,16 @@ def _training_command(stage: str, summary: str) -> None:
         resume_override: Annotated[
             str, typer.Option(metavar="KEY,...", help="Keys that may differ from the earlier start.")
         ] = "",
+        profile: Annotated[
+            int | None, typer.Option(metavar="STEP", help="Write a trace of this step to OUT/profile (log.profile_step).")
+        ] = None,
     ) -> None:
-        run = _load(config, overrides, stage)
+        traced = [] if profile is None else [f"log.profile_step={profile}"]
+        run = _load(config, [*(overrides or ()), *traced], stage)
         from rlhf_jax import environment
         from rlhf_jax.config import OFFLINE
 
-        _start("parallel").start_processes(on_tpu=environment.has_tpu() and os.environ.get("JAX_PLATFORMS") != "cpu")
+        _start("processes").start(on_tpu=environment.has_tpu() and os.environ.get("JAX_PLATFORMS") != "cpu")
         room = _start("offline" if stage in OFFLINE else "online")
         room.run(stage, run, from_scratch=from_scratch, override=[key for key in resume_override.split(",") if key])
 

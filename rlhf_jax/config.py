@@ -57,6 +57,9 @@ class Model:
     remat: Literal["none", "full", "dots", "save_attention"] = key("none", "what the backward pass recomputes")
     attention: Literal["dense", "flash"] = key("dense", "attention kernel; flash falls back to dense on CPU, and says so")
     logprob_chunk: int = key(128, "positions whose logits exist at one time", "tokens")
+    offload: tuple[Literal["reference", "reward", "optimizer"], ...] = key(
+        (), "models and optimiser states that wait in the host's memory while no program needs them"
+    )
     lora: Lora | None = key(None, "train low-rank adapters instead of the whole model")
 
 
@@ -119,6 +122,7 @@ class Data:
     eval_fraction: float = key(0.1, "share of the rows kept for evaluation")
     limit: int | None = key(None, "read at most this many rows", "rows")
     packing: bool = key(False, "pack several conversations into one sequence (fine-tuning)")
+    length_buckets: int = key(1, "widths of prompts; a batch has one of them, each compiles a rollout, score and update")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +315,7 @@ class Log:
     every: int = key(1, "steps between rows of metrics.jsonl", "steps")
     eval_every: int = key(10, "steps between evaluations; 0: only at start and end", "steps")
     eval_prompts: int = key(32, "fixed prompts that are answered at every evaluation")
+    profile_step: int | None = key(None, "step of which a trace is written to OUT/profile (docs/profiling.md)", "step")
     backends: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = key((), "more places for metrics (extras)")
 
 

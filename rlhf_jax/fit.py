@@ -198,9 +198,9 @@ def estimate(name: str, flops: float, found: hlo.Report, chip: topologies.Chip) 
 
 
 def tree_bytes(tree: Any) -> float:
-    """Bytes per device of a tree of abstract arrays with shardings; a leaf that occurs twice counts once."""
+    """Bytes per device of a tree of abstract arrays with shardings; a leaf that occurs twice counts once, a parked one not."""
     total = 0
-    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree) if not parallel.is_parked(leaf)}.values():
         shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
         size = leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8
         total += math.prod(shape) * size

@@ -80,6 +80,7 @@ def train(setup: OfflineSetup, state: OfflineState, session: Session) -> Offline
     if start == 0:
         state = evaluate(setup, state, session, 0)
     for step in range(start, settings.steps):
+        session.begin(step + 1)
         began = time.perf_counter()
         with recorder.phase("data"):
             batch = setup.place(setup.plan.data.batch(step))
@@ -102,8 +103,10 @@ def finish(session: Session, pending: Pending) -> None:
     """Read the results of a step and write its row; blocks until the device has computed them."""
     jax.block_until_ready(pending.metrics)
     seconds = time.perf_counter() - pending.began
-    tokens = sum(int(mask.sum()) for mask in parallel.fetch(_masks(pending.batch)))
+    masks = parallel.fetch(_masks(pending.batch))
+    tokens, slots = sum(int(mask.sum()) for mask in masks), sum(mask.size for mask in masks)
     found = pending.metrics | {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+    found["data/padded_fraction"] = 1 - tokens / slots
     session.write(pending.step, found, lambda: pending.batch)
 
 

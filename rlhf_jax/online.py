@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import build, config, health, parallel, setups
+from rlhf_jax import build, config, health, parallel, processes, setups
 from rlhf_jax.rewards.check import RewardError
 from rlhf_jax.session import Session, open_session
 from rlhf_jax.setups import OnlineSetup
@@ -39,6 +39,7 @@ class Pending(NamedTuple):
     metrics: dict[str, jax.Array]
     rollout: Rollout
     parts: dict[str, float]
+    prompt_tokens: int  # without padding
     began: float
 
 
@@ -88,8 +89,10 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
     if start == 0 or session.owes_evaluation:
         state = evaluate(setup, state, session, start)
     for step in range(start, settings.steps):
+        session.begin(step + 1)
         began, key = time.perf_counter(), jax.random.fold_in(root, step)
-        prompts = setup.place(setup.prompts(step))
+        batch = setup.prompts(step)
+        prompts, prompt_tokens = setup.place(batch), int(batch.mask.sum())
         critic = None if state.critic is None else state.critic.params
         with recorder.phase("rollout", step + 1) as until, health.phase("rollout", setup.components):
             decoding = do["sync"](state.actor.params, frozen.actor)
@@ -110,7 +113,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             until(metrics)
             if pending is not None:
                 finish(setup, session, pending)
-            pending = Pending(step + 1, metrics, rollout, scores.parts, began)
+            pending = Pending(step + 1, metrics, rollout, scores.parts, prompt_tokens, began)
         if session.pause_due(step + 1):
             finish(setup, session, pending)
             pending = None
@@ -148,11 +151,23 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
         with health.phase("score", setup.components):
             total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
     if setup.host_reward is not None:
-        values, found = setup.host_reward(reward_input(setup, rollout))
-        parts = {name: float(np.mean(value)) for name, value in found.items()}
-        values = setup.place(np.asarray(values, np.float32))
+        batch = reward_input(setup, rollout)
+        answer = processes.shared(lambda: _ask(setup, batch))
+        if "error" in answer:
+            raise RewardError(answer["error"])
+        parts = answer["parts"]
+        values = setup.place(np.asarray(answer["values"], np.float32))
         total = values if total is None else total + values
     return Scores(total, parts)
+
+
+def _ask(setup: OnlineSetup, batch: RewardInput) -> dict[str, Any]:
+    """Host rewards of a whole batch, or why there are none. One process asks, whatever their number: all get its answer."""
+    try:
+        values, found = setup.host_reward(batch)
+    except RewardError as error:
+        return {"error": str(error)}
+    return {"values": np.asarray(values).tolist(), "parts": {name: float(np.mean(value)) for name, value in found.items()}}
 
 
 def reward_input(setup: OnlineSetup, rollout: Rollout, rows: int | None = None) -> RewardInput:
@@ -173,6 +188,9 @@ def finish(setup: OnlineSetup, session: Session, pending: Pending) -> None:
     jax.block_until_ready(pending.metrics)
     seconds = time.perf_counter() - pending.began
     found |= {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
+    slots, answers = pending.rollout.tokens.size, pending.rollout.action_mask.size
+    found["data/padded_fraction"] = 1 - (pending.prompt_tokens + tokens) / slots
+    found["data/prompt_padded_fraction"] = 1 - pending.prompt_tokens / (slots - answers)
     session.write(pending.step, found, lambda: pending.rollout)
 
 

@@ -6,7 +6,6 @@ shardings. Mesh axes are Auto: XLA's partitioner propagates, `constrain` pins wh
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from rlhf_jax import config
 from rlhf_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+HOST = "pinned_host"  # memory of the machine that its accelerators can read
 RULES: dict[str | None, Any] = {
     None: None,
     "layers": None,
@@ -34,27 +34,6 @@ RULES: dict[str | None, Any] = {
 }
 # Collective matmul splits each matrix product over fsdp into small permutes: slower by the compiler's own estimate (docs/fit.md).
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
-
-
-def start_processes(*, on_tpu: bool = False) -> None:
-    """Join a run of several processes, where there is one: JAX_COORDINATOR_ADDRESS, or a TPU slice.
-
-    GKE tells a slice's hosts in variables; on TPU VMs (`on_tpu`: this machine has TPU chips) JAX asks the machine's metadata.
-    """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif on_tpu or os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            if "coordinator_address" not in str(error):
-                raise  # otherwise JAX found no slice around this machine: its chips are all there are
 
 
 def is_main_process() -> bool:
@@ -255,6 +234,40 @@ def place(tree: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda leaf: put(leaf, sharding), tree)
     return jax.tree.map(put, tree, sharding)
+
+
+def parked(tree: Any) -> Any:
+    """Abstract arrays -> the same in the host's memory, split as before; scalars stay where they are."""
+
+    def move(leaf: Any) -> Any:
+        where = leaf.sharding.with_memory_kind(HOST) if leaf.ndim else leaf.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(move, tree)
+
+
+def is_parked(leaf: Any) -> bool:
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
+
+
+def can_park(mesh: Mesh) -> bool:
+    """The devices can read the host's memory by themselves."""
+    return any(memory.kind == HOST for memory in mesh.devices.flat[0].addressable_memories())
+
+
+def on_device(fn: Callable, args: tuple[Any, ...]) -> Callable:
+    """`fn` for arguments of which some are parked (`args`: the same as shapes): it begins by bringing those to the devices."""
+    if not any(map(is_parked, jax.tree.leaves(args))):
+        return fn
+
+    def bring(leaf: Any, like: Any) -> Any:
+        return jax.device_put(leaf, like.sharding.with_memory_kind("device")) if is_parked(like) else leaf
+
+    def run(*given: Any) -> Any:
+        pairs = zip(given, args, strict=True)
+        return fn(*(jax.tree.map(bring, x, like) if any(map(is_parked, jax.tree.leaves(like))) else x for x, like in pairs))
+
+    return run
 
 
 def fetch(tree: Any) -> Any:

@@ -1,4 +1,10 @@
-"""What the processes of one run must agree on. With one process every function answers at once."""
+"""How the processes of one run find each other, and what they must agree on. With one process every function answers at once."""
+
+import http.client
+import json
+import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -7,6 +13,52 @@ from jax.experimental import multihost_utils
 from rlhf_jax.errors import UserError
 
 _TEXT_BYTES = 8192
+_METADATA = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+
+
+def start(*, on_tpu: bool = False) -> None:
+    """Join the other processes of a run, where the environment tells of some. Call it before anything asks for a device.
+
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe any set of machines. On a
+    slice of Cloud TPU nothing needs to be set: JAX finds the other workers itself, and other slices by MEGASCALE_* variables.
+    `on_tpu`: this machine has TPU chips.
+    Errors: `UserError` for a description that is not whole.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        count, number = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, count, number)
+    elif _several_tpu_workers(on_tpu):
+        jax.distributed.initialize()
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a whole number; it is {text!r}")
+    return int(text)
+
+
+def _several_tpu_workers(on_tpu: bool) -> bool:
+    """This machine is one of several of a TPU slice, or of several slices: as GKE's variables say, or a TPU VM's metadata."""
+    if os.environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return True
+    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if names is not None:
+        return "," in names
+    if not on_tpu or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return False
+    server = http.client.HTTPConnection(os.environ.get("GCE_METADATA_IP", "metadata.google.internal"), timeout=5)
+    try:
+        server.request("GET", _METADATA, headers={"Metadata-Flavor": "Google"})
+        answer = server.getresponse()
+        return answer.status == 200 and b"," in answer.read()
+    except OSError:  # no Cloud TPU: a board of one's own
+        return False
+    finally:
+        server.close()
 
 
 def is_writer() -> bool:
@@ -36,6 +88,19 @@ def text_from_writer(text: str) -> str:
     data = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
     buffer[: len(data)] = data
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="ignore")
+
+
+def shared(make: Callable[[], Any]) -> Any:
+    """What `make()` returns on process 0, on every process; the others do not call it. It must be what JSON holds.
+
+    For what may differ from call to call, or costs somebody something: a server's scores, a function that draws at random.
+    """
+    if jax.process_count() == 1:
+        return make()
+    data = np.frombuffer(json.dumps(make()).encode(), np.uint8) if is_writer() else np.zeros(0, np.uint8)
+    buffer = np.zeros(from_writer(len(data)), np.uint8)
+    buffer[: len(data)] = data
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
 
 
 def fail_together(message: str) -> None:

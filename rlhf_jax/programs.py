@@ -63,7 +63,7 @@ class Program(NamedTuple):
 
     def compile(self) -> Any:
         """The jitted step; XLA compiles it at the first call."""
-        return parallel.compile_step(self.fn, out=self.out, donate=self.donate)
+        return parallel.compile_step(parallel.on_device(self.fn, self.args), out=self.out, donate=self.donate)
 
 
 def shardings(tree: Any) -> Any:
@@ -140,6 +140,24 @@ def abstract_frozen(parts: Parts) -> Frozen:
     )
 
 
+def park_state(state: Any, names: tuple[str, ...]) -> Any:
+    """The optimiser states of a run's state (shapes) in the host's memory, where `model.offload` names them."""
+    if "optimizer" not in names:
+        return state
+
+    def park(trained: TrainState | None) -> TrainState | None:
+        return None if trained is None else trained.replace(opt_state=parallel.parked(trained.opt_state))
+
+    if isinstance(state, OfflineState):
+        return state.replace(trained=park(state.trained))
+    return state.replace(actor=park(state.actor), critic=park(state.critic))
+
+
+def park_frozen(frozen: Frozen, names: tuple[str, ...]) -> Frozen:
+    """Reference and reward model (shapes) in the host's memory, where `model.offload` names them."""
+    return frozen.replace(**{name: parallel.parked(getattr(frozen, name)) for name in ("reference", "reward") if name in names})
+
+
 def abstract_prompts(mesh: Mesh, rows: int, length: int) -> Prompts:
     where = parallel.batch_sharding(mesh)
     index = abstract((rows,), jnp.int32, where)
@@ -177,8 +195,9 @@ def online_programs(
       ptx_length: T of the pretraining-mix batches; None without them.
     """
     rep, rows = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    actor, frozen, settings = parts.actor, abstract_frozen(parts), getattr(run, stage)
-    state = abstract_run_state(mesh, parts, *optimizers, ema=settings.ema_decay is not None)
+    actor, settings, aside = parts.actor, getattr(run, stage), run.model.offload if parallel.can_park(mesh) else ()
+    frozen = park_frozen(abstract_frozen(parts), aside)
+    state = park_state(abstract_run_state(mesh, parts, *optimizers, ema=settings.ema_decay is not None), aside)
     prompts, key = abstract_prompts(mesh, run.batch_size, prompt_length), abstract_key(mesh)
 
     def sync(params: Params, base: Params | None) -> Params:
@@ -190,7 +209,7 @@ def online_programs(
     rollout: Rollout = abstract_like(jax.eval_shape(sample, decoding, prompts, key), rows)
     score = _score(run, algorithm, parts, settings.old_logprobs)
     critic = None if state.critic is None else state.critic.params
-    scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic, frozen, rollout), rows)
+    scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic, abstract_frozen(parts), rollout), rows)
     scores = abstract((run.batch_size,), jnp.float32, rows)
     if "greedy" in algorithm.needs:
         scored = scored.replace(greedy_score=scores)

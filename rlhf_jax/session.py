@@ -12,6 +12,7 @@ import jax
 
 from rlhf_jax import config, config_table, health, metrics, parallel, report
 from rlhf_jax.checkpoint import Checkpoints, Restored
+from rlhf_jax.profiling import Profile
 from rlhf_jax.rundir import RunDir, open_run
 from rlhf_jax.signals import Interrupts
 
@@ -26,6 +27,7 @@ class Session:
     recorder: metrics.Recorder
     interrupts: Interrupts
     watchdog: health.Watchdog
+    profile: Profile
     owes_evaluation: bool  # of the step it was restored from: a reward failed there
 
     def evaluation_due(self, step: int) -> bool:
@@ -40,7 +42,11 @@ class Session:
     def pause_due(self, step: int) -> bool:
         """The loop must read everything it has dispatched: to evaluate, to save, or because it was asked to stop."""
         self.interrupts.unsaved = True
-        return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step)
+        return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step) or self.profile.alone(step)
+
+    def begin(self, step: int) -> None:
+        """Step `step` is about to be dispatched."""
+        self.profile.begin(step)
 
     def write(self, step: int, found: Mapping[str, Any], dump: Callable[[], Any]) -> None:
         """The row of a finished step; stops the run after too many updates that were not finite.
@@ -49,6 +55,7 @@ class Session:
           found: metrics, with `health/bad_steps` and `health/alarms`, which are counters and no metrics.
           dump: the batch of the step, for when the run is stopped.
         """
+        self.profile.end(step)
         found = dict(found)
         alarms, bad = parallel.fetch((found.pop("health/alarms", None), found.pop("health/bad_steps", 0)))
         host: dict[str, Any] = found
@@ -59,9 +66,12 @@ class Session:
             for text in health.alarm_messages(alarms, self.settings.health):
                 self.recorder.note(f"step {step}: {text}")
         path = self.directory.path / f"bad-step-{step}.npz"
-        health.require_finite_steps(
-            int(bad), self.settings.health, lambda: health.dump_arrays(path, parallel.fetch(dump())), step=step
-        )
+
+        def dumped() -> Path:
+            batch = parallel.fetch(dump())
+            return health.dump_arrays(path, batch) if parallel.is_main_process() else path
+
+        health.require_finite_steps(int(bad), self.settings.health, dumped, step=step)
         self.watchdog.beat(step)
 
     def settle(self, step: int, state: Any) -> None:
@@ -147,7 +157,9 @@ def open_session(
         watchdog = stack.enter_context(health.Watchdog(settings.health, say=recorder.note))
         if restored is not None:
             recorder.note(f"{out}: continuing from step {restored.step}")
+        traced = settings.log.profile_step if parallel.is_main_process() else None
+        profile = stack.enter_context(Profile(out / "profile", traced, say=recorder.note))
         owed = restored is not None and bool(restored.extra.get("owes_evaluation"))
         if restored is not None and owed:
             recorder.make_up(restored.step)
-        yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog, owed), restored
+        yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog, profile, owed), restored

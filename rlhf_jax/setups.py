@@ -53,7 +53,13 @@ class OnlinePlan:
     @property
     def notes(self) -> list[str]:
         """What a user should know before the run starts: what was dropped, what was decided."""
-        return [f"data: {describe(self.data.tables.counts())}", *(f"tokenizer: {text}" for text in self.tokenizer.policies)]
+        widths = ", ".join(str(bucket.width) for bucket in self.data.buckets)
+        return [
+            f"data: {describe(self.data.tables.counts())}",
+            *(f"tokenizer: {text}" for text in self.tokenizer.policies),
+            f"data: prompts {widths} tokens wide (data.length_buckets); {self.data.padded_fraction:.1%} of that is padding",
+            *offload_notes(self.settings, self.mesh),
+        ]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -225,17 +231,29 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         calibration=scorer.calibration if scorer is not None else None,
     )
     host, gold = rewards_of(settings, plan.tokenizer)
+    state, places = steps["learn"].args[:2]
     return OnlineSetup(
         plan=plan,
         actor=actor,
         critic=critic,
-        frozen=frozen,
+        frozen=jax.device_put(frozen, programs.shardings(places)) if settings.model.offload else frozen,
         optimizers=optimizers,
-        abstract=programs.abstract_run_state(mesh, parts, *optimizers, ema=getattr(settings, plan.stage).ema_decay is not None),
+        abstract=state,
         do={name: step.compile() for name, step in steps.items()},
         host_reward=host,
         gold=gold,
     )
+
+
+def offload_notes(settings: config.Run, mesh: Mesh) -> list[str]:
+    """What becomes of model.offload where it saves nothing."""
+    if not settings.model.offload:
+        return []
+    if not parallel.can_park(mesh):
+        return ["model.offload: these devices cannot read the host's memory; everything stays in theirs"]
+    if mesh.devices.flat[0].platform == "cpu":
+        return ["model.offload: on CPU the devices' memory is the host's; nothing is saved"]
+    return []
 
 
 def adapter_of(settings: config.Run) -> str | None:
@@ -311,7 +329,7 @@ class OfflinePlan:
         found = [f"data: {describe(self.data.tables.counts())}", *(f"tokenizer: {text}" for text in self.tokenizer.policies)]
         if isinstance(self.data, SFTData):
             found.append(f"data: {self.data.padded_fraction:.1%} of the tokens of a batch are padding")
-        return found
+        return [*found, *offload_notes(self.settings, self.mesh)]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -385,15 +403,21 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
     frozen = Frozen(actor=trained.base, reference=None if reference is None else reference.params)
     tx = training.make_optimizer(settings.optimizer, settings.steps)
     update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)
-    abstract = programs.abstract_offline_state(mesh, tx, trained.part.trained)
+    aside = settings.model.offload if parallel.can_park(mesh) else ()
+    abstract = programs.park_state(programs.abstract_offline_state(mesh, tx, trained.part.trained), aside)
+    places = Frozen(actor=trained.part.frozen, reference=None if reference is None else reference.part.trained)
+    places = programs.park_frozen(places, aside)
+    step = programs.Program(
+        update, (abstract, None, places), (programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,)
+    )
     return OfflineSetup(
         plan=plan,
         trained=trained,
-        frozen=frozen,
+        frozen=jax.device_put(frozen, programs.shardings(places)) if aside else frozen,
         optimizer=tx,
         abstract=abstract,
-        update=parallel.compile_step(update, out=(programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,)),
-        evaluate=parallel.compile_step(evaluate, out=parallel.replicated(mesh)),
+        update=step.compile(),
+        evaluate=programs.Program(evaluate, (None, places, None), parallel.replicated(mesh)).compile(),
     )
 
 
@@ -469,7 +493,8 @@ def _abstract_offline(
     stage: str, settings: Any, mesh: Mesh, part: programs.Part
 ) -> tuple[dict[str, programs.Program], dict[str, Any]]:
     tx = training.make_optimizer(settings.optimizer, settings.steps)
-    state = programs.abstract_offline_state(mesh, tx, part.trained)
+    aside = settings.model.offload if parallel.can_park(mesh) else ()
+    state = programs.park_state(programs.abstract_offline_state(mesh, tx, part.trained), aside)
     reference = None
     if hasattr(settings, "reference") and settings.model.lora is None:
         reference = build.abstract_part(
@@ -479,7 +504,7 @@ def _abstract_offline(
             head="lm",
             trained=False,
         ).trained
-    frozen = Frozen(actor=part.frozen, reference=reference)
+    frozen = programs.park_frozen(Frozen(actor=part.frozen, reference=reference), aside)
     rows = programs.abstract_sequences(mesh, settings.batch_size, settings.data.max_tokens, packed=settings.data.packing)
     batch = rows if stage == "sft" else Preferences(chosen=rows, rejected=rows)
     update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), part.model, tx)
@@ -489,5 +514,5 @@ def _abstract_offline(
         ),
         "evaluate": programs.Program(evaluate, (state.trained.params, frozen, batch), parallel.replicated(mesh)),
     }
-    resident = {"model": state, "reference": reference, "base": part.frozen}
+    resident = {"model": state, "reference": frozen.reference, "base": part.frozen}
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}

@@ -92,22 +92,17 @@ def test_training_commands_start_the_loop_with_the_configuration(stage, run, mon
     assert options == {"from_scratch": True, "override": ["seed", "model.path"]}
 
 
-@pytest.mark.parametrize(("chips", "platforms", "asked"), [(True, "", 1), (True, "cpu", 0), (False, "", 0)])
-def test_the_hosts_of_a_slice_find_one_another(run, monkeypatch, tmp_path, chips, platforms, asked):
-    """On a TPU VM no variable names the other hosts: JAX asks the machine's metadata, and without any the host is alone."""
+@pytest.mark.parametrize(("chips", "platforms", "on_tpu"), [(True, "", True), (True, "cpu", False), (False, "", False)])
+def test_the_hosts_of_a_slice_look_for_one_another(run, monkeypatch, tmp_path, chips, platforms, on_tpu):
+    """On a TPU VM no variable names the other hosts: `processes.start` asks the machine's metadata."""
     calls = []
-
-    def initialize(*args):
-        calls.append(args)
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    fake(monkeypatch, "processes", start=lambda **options: calls.append(options))
     monkeypatch.setattr(environment, "has_tpu", lambda: chips)
     monkeypatch.setitem(os.environ, "JAX_PLATFORMS", platforms)
-    fake(monkeypatch, "offline", run=lambda *args, **kwargs: None)
+    fake(monkeypatch, "offline", run=lambda *args, **kwargs: calls.append(args[1].log.profile_step))
     (tmp_path / "run.yaml").write_text(RUN)
-    assert run("sft", tmp_path / "run.yaml") == (0, "", "")
-    assert calls == [()] * asked
+    assert run("sft", tmp_path / "run.yaml", "--profile", "3") == (0, "", "")
+    assert calls == [{"on_tpu": on_tpu}, 3]
 
 
 def test_a_run_that_was_asked_to_stop_says_how_to_go_on(run, monkeypatch, tmp_path):

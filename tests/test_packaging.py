@@ -31,7 +31,7 @@ FLOORS = {
     "rewards": {"rewards"},
     "placement": {"parallel"},
     "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs", "shelf"},
-    "seeing": {"metrics", "progress", "stopwatch", "trackers", "report", "plots", "estimates"},
+    "seeing": {"metrics", "progress", "profiling", "stopwatch", "trackers", "report", "plots", "estimates"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
     "testing": {"testing"},

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import build, config, hlo, parallel, programs
+from rlhf_jax import build, config, hlo, parallel, programs, setups
 from rlhf_jax.algorithms import training
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import scratch_spec
@@ -91,12 +91,45 @@ def test_pure_data_parallelism_moves_gradients_alone() -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
-def test_parameters_are_gathered_no_more_often_than_they_are_used() -> None:
-    step, state, rows = prepared((1, 8, 1))
-    found = hlo.report(step.lower(state, rows, Frozen()).compile().as_text()).collectives
-    assert "all-to-all" not in found
+@pytest.mark.parametrize("shape", MESHES)
+def test_parameters_are_gathered_no_more_often_than_they_are_used_and_the_state_is_updated_in_place(
+    shape: tuple[int, int, int],
+) -> None:
+    step, state, rows = prepared(shape)
+    text = step.lower(state, rows, Frozen()).compile().as_text()
+    found = hlo.report(text).collectives
+    assert set(found) - {"reduce-scatter", "collective-permute"} == {"all-gather", "all-reduce"}
+    assert "collective-permute" not in found or found["collective-permute"].bytes < 1024
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.trained.params))
     assert found["all-gather"].bytes <= 4 * 4 * parameters  # forward, recomputed forward, backward; the embedding twice
+    layers, tensor = SETTINGS.model.scratch.layers, shape[2]
+    if tensor > 1:  # attention and MLP, three times a layer; one a gradient; embedding, log-probabilities
+        assert found["all-reduce"].count <= 3 * 2 * layers + len(jax.tree.leaves(state.trained.params)) + 20
+    header = text.partition("\n")[0]
+    assert header.count("-alias") == len(jax.tree.leaves(state))  # donated: no copy of the state anywhere
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_scoring_gathers_every_weight_once_and_moves_no_activation_but_over_tensor(shape: tuple[int, int, int]) -> None:
+    run = config.PPORun(
+        model=SETTINGS.model,
+        batch_size=8,
+        data=config.Data(task="reviews", max_prompt_tokens=8),
+        sampling=config.Sampling(max_new_tokens=8),
+    )
+    step = setups.abstract_programs("ppo", run, mesh_of(*shape))[0]["score"]
+    found = hlo.report(step.compile().lower(*step.args).compile().as_text()).collectives
+    actor, critic, frozen = step.args[:3]
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves((actor, critic, frozen)))
+    layers, tensor = run.model.scratch.layers, shape[2]
+    assert found["all-gather"].bytes <= 1.2 * weights / tensor  # the two tied embeddings are used as the head, too
+    if tensor == 1:
+        assert set(found) == {"all-gather"}
+        return
+    assert set(found) - {"collective-permute"} == {"all-gather", "all-reduce"}
+    assert "collective-permute" not in found or found["collective-permute"].bytes < 1024
+    assert found["all-reduce"].count <= 3 * (2 * layers + 1) + 8  # three models: attention, MLP, embedding; log-probabilities
 
 
 def test_states_lie_where_their_parameters_lie() -> None:

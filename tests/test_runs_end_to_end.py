@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import config, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax import checkpoint, config, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
@@ -196,13 +197,20 @@ def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_p
     assert any("eval_ema/score" in row for row in rows_of(out, "eval/score"))
 
 
-def test_grpo_runs_through_the_same_loop_without_a_critic(base: Path, tmp_path: Path) -> None:
+def test_grpo_runs_through_the_same_loop_without_a_critic_on_prompts_of_two_widths(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [" ".join(["the", "good", "warm", "hotel", *["bed", "kind"] * (4 * (n % 2)), str(n)]) for n in range(64)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    made: list[setups.OnlineSetup] = []
+    set_up = setups.set_up_online
+    monkeypatch.setattr(setups, "set_up_online", lambda plan: made.append(set_up(plan)) or made[0])
     settings = config.GRPORun(
         out=str(tmp_path / "grpo"),
-        steps=2,
+        steps=3,
         batch_size=16,
         model=config.Model(path=str(base / "sft" / "final")),
-        data=DATA,
+        data=config.Data(path=str(tmp_path / "prompts.jsonl"), max_prompt_tokens=24, length_buckets=2),
         reward=config.Reward(functions=(config.RewardFunction(function="length", options={"maximum": 6}),)),
         sampling=config.Sampling(max_new_tokens=12, top_k=20),
         grpo=config.GRPO(group_size=4),
@@ -212,17 +220,57 @@ def test_grpo_runs_through_the_same_loop_without_a_critic(base: Path, tmp_path: 
     )
     out = online.run("grpo", settings)
     rows = rows_of(out, "reward/score")
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert rows[0]["rollout/logprob_gap_max_nats"] < 1e-4  # with kept sets, too
     assert not (out / "final-critic").exists()
+    assert len({row["data/prompt_padded_fraction"] > 0.2 for row in rows}) == 2, rows
+    for row in rows:
+        width = 8 if row["data/prompt_padded_fraction"] > 0.2 else 16
+        real = width * (1 - row["data/prompt_padded_fraction"]) + row["response/length_tokens"]
+        assert row["data/padded_fraction"] == pytest.approx(1 - real / (width + 12), abs=1e-4)
+    compiled = {name: step._cache_size() for name, step in made[0].do.items()}
+    assert compiled == {"sync": 1, "rollout": 2, "score": 2, "learn": 2}  # 7 of at most 8
 
 
-def test_the_device_scores_while_the_host_rewards(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_of_one_step_is_written_and_nothing_else_changes(base: Path, tmp_path: Path) -> None:
+    out = offline.run("sft", sft_run(tmp_path / "sft", log=dataclasses.replace(LOG, profile_step=3)))
+    assert [path.suffix for path in (out / "profile").rglob("*.pb")] == [".pb"]
+    rows, wanted = rows_of(out, "stage"), rows_of(base / "sft", "stage")
+    timed = ("time", "memory", "throughput")
+    for row in (*rows, *wanted):
+        for name in [name for name in row if name.startswith(timed)]:
+            del row[name]
+    assert rows == wanted
+    assert (out / "final" / "model.safetensors").read_bytes() == (base / "sft" / "final" / "model.safetensors").read_bytes()
+    assert {path.name for path in out.iterdir()} - {path.name for path in (base / "sft").iterdir()} == {"profile"}
+
+
+def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
+    copies: list[weakref.ref] = []  # of the decoding copy
     set_up = setups.set_up_online
 
     def told(name: str, call: Any) -> Any:
-        return lambda *args: order.append(name) or call(*args)
+        def wrapped(*args: Any) -> Any:
+            order.append(name)
+            if name in ("score", "learn"):  # an evaluation's copy is gone as well
+                assert [copy for copy in copies if copy() is not None] == []
+            found = call(*args)
+            if name == "sync":
+                copies.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(found))
+            if name == "learn":
+                assert [leaf for leaf in jax.tree.leaves(args[0]) if not leaf.is_deleted()] == []  # all of it was donated
+                assert kinds(found[0].actor.opt_state) == kinds(found[0].critic.opt_state) == {"pinned_host"}
+                assert kinds(found[0].actor.params) == {"device"}
+                assert kinds(args[1].reference) == {"pinned_host"}
+            return found
+
+        return wrapped
+
+    def kinds(tree: Any) -> set[str]:
+        return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
     def wrapped(plan: setups.OnlinePlan) -> setups.OnlineSetup:
         made = set_up(plan)
@@ -230,10 +278,16 @@ def test_the_device_scores_while_the_host_rewards(base: Path, tmp_path: Path, mo
         return dataclasses.replace(made, do=do, host_reward=told("host", made.host_reward))
 
     monkeypatch.setattr(setups, "set_up_online", wrapped)
-    settings = ppo_run(tmp_path / "ppo", base / "sft" / "final", None, steps=1, log=config.Log(eval_every=0))
+    model = config.Model(path=str(base / "sft" / "final"), offload=("reference", "optimizer"))
+    settings = ppo_run(tmp_path / "ppo", base / "sft" / "final", None, steps=1, log=config.Log(eval_every=0), model=model)
     online.run("ppo", settings)
     step = order[order.index("learn") - 4 : order.index("learn") + 1]
     assert step == ["sync", "rollout", "score", "host", "learn"]
+    assert copies
+    monkeypatch.undo()
+    resumed = setups.set_up_online(setups.plan_online("ppo", settings)).abstract
+    state = checkpoint.Checkpoints(tmp_path / "ppo" / "checkpoints", keep_last=1).restore(resumed).state
+    assert kinds(state.actor.opt_state) == {"pinned_host"}
 
 
 def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def _decayed(params: Params) -> Any:
 def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping the global norm; decay on kernels and embeddings only.
 
-    `total_steps` counts optimiser steps: iterations x epochs x minibatches. clip_norm <= 0 turns clipping off.
+    `total_steps` counts optimiser steps: iterations x epochs x minibatches. clip_norm <= 0 turns clipping off. Moments and
+    updates are float32, whatever the parameters are.
     """
     adamw = optax.adamw(
         learning_rate(settings, total_steps),
@@ -77,7 +78,38 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
         weight_decay=settings.weight_decay,
         mask=_decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm > 0 else adamw
+    clipped = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm > 0 else adamw
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> Any:
+        return clipped.update(_float32(grads), state, _float32(params))
+
+    return optax.GradientTransformation(lambda params: clipped.init(_float32(params)), update)
+
+
+def _float32(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def add_updates(params: Params, updates: Params, step: jax.Array) -> Params:
+    """params + updates. A bfloat16 parameter is rounded up or down at random, so that its mean moves by the whole update.
+
+    Rounded to nearest it would not move at all where the update is below 1/512 of it, which updates of fine-tuning are
+    (stochastic rounding: Zamirai et al. 2020, arXiv:2010.06192). `step` i32[] seeds the draw.
+    """
+    key = jax.random.fold_in(jax.random.key(0), step)
+
+    def add(number: int, old: jax.Array, change: jax.Array) -> jax.Array:
+        total = old.astype(jnp.float32) + change
+        if old.dtype != jnp.bfloat16:
+            return total.astype(old.dtype)
+        bits = jax.lax.bitcast_convert_type(total, jnp.uint32)
+        noise = jax.random.bits(jax.random.fold_in(key, number), old.shape, jnp.uint32) >> 16
+        kept = (bits + noise) & jnp.uint32(0xFFFF0000)
+        return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(jnp.bfloat16)
+
+    leaves, tree = jax.tree.flatten(params)
+    new = [add(number, old, change) for number, (old, change) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True))]
+    return jax.tree.unflatten(tree, new)
 
 
 def require(value: T | None, what: str) -> T:
@@ -161,7 +193,7 @@ def apply_gradients(
     norm = optax.tree.norm(grads)
     finite = jnp.logical_and(finite, jnp.isfinite(norm))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    stepped = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    stepped = TrainState(step=state.step + 1, params=add_updates(state.params, updates, state.step), opt_state=opt_state)
     taken = jnp.logical_and(finite, wanted)
     state = jax.tree.map(lambda old, new: jnp.where(taken, new, old), state, stepped)
     return state, {"update/grad_norm": norm, "update/skipped": 1.0 - finite.astype(jnp.float32)}

@@ -14,15 +14,13 @@ import numpy as np
 
 from rlhf_jax import types
 from rlhf_jax.config import Data
-from rlhf_jax.data import order
+from rlhf_jax.data import buckets, order
 from rlhf_jax.data.formats import Purpose, Text
 from rlhf_jax.data.packing import pack, padded_fraction
 from rlhf_jax.data.sources import memory_source
 from rlhf_jax.data.table import Table, columns_of, describe, open_sources, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
-
-_ROUND = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Tables:
 
     def longest(self, limit: int) -> int:
         longest = max(int(table.lengths.max()) for table in self.tables)
-        return min(limit, -(-longest // _ROUND) * _ROUND)
+        return int(buckets.rounded(np.asarray(longest), limit))
 
     def counts(self) -> Counter:
         return sum((table.counts for table in self.tables), Counter())
@@ -209,11 +207,22 @@ class PromptData:
     """Prompts for the actor, and what rewards need to know about them."""
 
     tables: Tables
-    length: int  # P
+    length: int  # P, of the widest bucket
+    buckets: tuple[buckets.Bucket, ...]
 
     def batch(self, step: int, *, rows: slice | None = None) -> types.Prompts:
-        """The prompts of a step."""
-        return self.prompts(self.tables.train_index(step)[rows or slice(None)])
+        """The prompts of a step, all of one of the widths."""
+        tables = self.tables
+        if len(self.buckets) == 1:
+            return self.prompts(tables.train_index(step)[rows or slice(None)])
+        number, drawn = buckets.draw(self.buckets, tables.seed, step, tables.batch_size)
+        index = np.asarray([tables.first[table] + tables.tables[table].train[row] for table, row in drawn], np.int64)
+        return self.prompts(index[rows or slice(None)], self.buckets[number].width)
+
+    @property
+    def padded_fraction(self) -> float:
+        """Share of the prompts' tokens that are padding."""
+        return buckets.padded_fraction(self.buckets, _train_lengths(self.tables))
 
     def eval_batch(self, count: int) -> types.Prompts:
         """`count` fixed prompts, the same at every call: evaluation rows first, then (where those run out) training rows."""
@@ -221,14 +230,15 @@ class PromptData:
         found += [first + table.train for first, table in zip(self.tables.first, self.tables.tables, strict=True)]
         return self.prompts(np.resize(np.concatenate(found), count) if count else np.zeros(0, np.int64))
 
-    def prompts(self, index: np.ndarray) -> types.Prompts:
-        """Left-padded prompts of the examples with these indices."""
-        tokens: Any = np.full((len(index), self.length), self.tables.tokenizer.pad_id, np.int32)
+    def prompts(self, index: np.ndarray, width: int | None = None) -> types.Prompts:
+        """Left-padded prompts of the examples with these indices; width P by default that of the widest."""
+        width = width or self.length
+        tokens: Any = np.full((len(index), width), self.tables.tokenizer.pad_id, np.int32)
         mask: Any = np.zeros(tokens.shape, bool)
         for row, number in enumerate(index):
             table, example = self.tables.locate(int(number))
             ids, _ = table.example(example)[0]
-            tokens[row, self.length - len(ids) :], mask[row, self.length - len(ids) :] = ids, True
+            tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
         rows: Any = np.asarray(index, np.int32)
         return types.Prompts(tokens=tokens, mask=mask, index=rows)
 
@@ -284,6 +294,11 @@ def make_tables(
     return Tables(tables, tuple(weights), first, tokenizer, seed, batch_size)
 
 
+def _train_lengths(tables: Tables) -> list[np.ndarray]:
+    """Tokens i64[·] of the (first) sequence of every training row, one array a source."""
+    return [table.lengths[table.train, 0].astype(np.int64) for table in tables.tables]
+
+
 def _require_batch(tables: Tables, units: int, what: str) -> None:
     if units < tables.batch_size:
         raise UserError(
@@ -298,7 +313,7 @@ def make_sft_data(
 ) -> SFTData:
     """Fine-tuning data of a configuration."""
     tables = make_tables(data, tokenizer, "sft", seed=seed, batch_size=batch_size, rows=rows)
-    lengths = [table.lengths[table.train, 0].astype(np.int64) for table in tables.tables]
+    lengths = _train_lengths(tables)
     packs = tuple(pack(part, data.max_tokens) for part in lengths) if data.packing else None
     length = data.max_tokens if packs is not None else tables.longest(data.max_tokens)
     flat = None if packs is None else [row for part in packs for row in part]
@@ -322,7 +337,9 @@ def make_prompt_data(
     """Prompts of a configuration."""
     tables = make_tables(data, tokenizer, "prompts", seed=seed, batch_size=batch_size, rows=rows)
     _require_batch(tables, sum(len(table.train) for table in tables.tables), "prompts")
-    return PromptData(tables, tables.longest(data.max_prompt_tokens))
+    length, lengths, least = tables.longest(data.max_prompt_tokens), _train_lengths(tables), batch_size
+    found = buckets.make_buckets(lengths, tables.weights, count=data.length_buckets, limit=length, least=least)
+    return PromptData(tables, length, found)
 
 
 def make_labelled_data(

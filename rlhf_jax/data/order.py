@@ -99,6 +99,35 @@ def _shares(weights: tuple[float, ...]) -> np.ndarray:
     return shares
 
 
+def _turns(positions: np.ndarray, seed: int, shares: np.ndarray, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Which source has each position of a mixed stream, and how many draws it had before: both i64[B]."""
+    edges = np.cumsum(shares)
+    source, draw = np.empty_like(positions), np.empty_like(positions)
+    blocks = positions // BLOCK
+    for block in np.unique(blocks):
+        slots = np.arange(BLOCK, dtype=np.int64)
+        order = permute(slots, BLOCK, _key(seed, 1 << 32, int(block))) if shuffle else (slots * 1597) % BLOCK
+        of_slot = np.searchsorted(edges, order, side="right")
+        one_hot = of_slot[:, None] == np.arange(len(shares))
+        before = np.cumsum(one_hot, axis=0)[slots, of_slot] - 1
+        here = blocks == block
+        slot = positions[here] - block * BLOCK
+        source[here] = of_slot[slot]
+        draw[here] = block * shares[of_slot[slot]] + before[slot]
+    return source, draw
+
+
+def turn(seed: int, step: int, weights: tuple[float, ...]) -> tuple[int, int]:
+    """Which of several streams has a step as a whole, and how many steps it had before."""
+    stream, before = _turns(np.asarray([step], np.int64), derived(seed, -1), _shares(weights))
+    return int(stream[0]), int(before[0])
+
+
+def derived(seed: int, number: int) -> int:
+    """A seed of its own for stream `number` of a run."""
+    return _key(seed, 1 << 33, number)
+
+
 def mixture(
     seed: int, step: int, batch_size: int, rows: tuple[int, ...], weights: tuple[float, ...], *, shuffle: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -111,22 +140,8 @@ def mixture(
     """
     for count in rows:
         _require(step, batch_size, count)
-    shares = _shares(weights)
-    edges = np.cumsum(shares)
     positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    source = np.empty(batch_size, np.int64)
-    draw = np.empty(batch_size, np.int64)
-    blocks = positions // BLOCK
-    for block in np.unique(blocks):
-        slots = np.arange(BLOCK, dtype=np.int64)
-        order = permute(slots, BLOCK, _key(seed, 1 << 32, int(block))) if shuffle else (slots * 1597) % BLOCK
-        of_slot = np.searchsorted(edges, order, side="right")
-        one_hot = of_slot[:, None] == np.arange(len(rows))
-        before = np.cumsum(one_hot, axis=0)[slots, of_slot] - 1
-        here = blocks == block
-        slot = positions[here] - block * BLOCK
-        source[here] = of_slot[slot]
-        draw[here] = block * shares[of_slot[slot]] + before[slot]
+    source, draw = _turns(positions, seed, _shares(weights), shuffle)
     row = np.empty(batch_size, np.int64)
     for number, count in enumerate(rows):
         mine = source == number

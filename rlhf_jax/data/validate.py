@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax.config import STAGES, Data, OnlineRun, Run
+from rlhf_jax.data import buckets
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
@@ -67,6 +68,12 @@ def _record(table: Table, weight: float, batch_size: int) -> dict[str, Any]:
         limit = table.data.max_tokens
         record["padding"] = round(padded_fraction(of_train, None, min(limit, -(-int(lengths.max()) // 8) * 8)), 4)
         record["padding_packed"] = round(padded_fraction(of_train, pack(of_train, limit), limit), 4)
+    if table.purpose == "prompts" and len(table.train):
+        of_train, least = table.lengths[table.train, 0].astype(np.int64), min(batch_size, len(table.train))
+        record["padding_buckets"] = {}
+        for count in (1, 2, 4, 8, 16):
+            found = buckets.make_buckets([of_train], (1.0,), count=count, limit=table.data.max_prompt_tokens, least=least)
+            record["padding_buckets"][count] = round(buckets.padded_fraction(found, [of_train]), 4)
     return record
 
 
@@ -82,6 +89,9 @@ def _text(table: Table, record: dict[str, Any]) -> str:
     lines += [f"  {line}" for line in histogram(table.lengths.reshape(-1))]
     if "padding" in record:
         lines.append(f"  padding: {record['padding']:.1%} of a batch; {record['padding_packed']:.1%} with data.packing=true")
+    if "padding_buckets" in record:
+        shares = ", ".join(f"{share:.1%} with {count}" for count, share in record["padding_buckets"].items())
+        lines.append(f"  padding of the prompts by data.length_buckets: {shares}")
     lines.append(f"  fingerprint {record['fingerprint']}")
     shown = np.linspace(0, len(table.numbers) - 1, min(_EXAMPLES, len(table.numbers))).astype(int)
     for example in dict.fromkeys(shown.tolist()):
