@@ -10,6 +10,7 @@ Dispatch is asynchronous: the metrics of step n - 1 are read while the device co
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import build, config, health, parallel, processes, setups
+from rlhf_jax.rewards import HostReward
 from rlhf_jax.rewards.check import RewardError
 from rlhf_jax.session import Session, open_session
 from rlhf_jax.setups import OnlineSetup
@@ -152,7 +154,7 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
             total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
     if setup.host_reward is not None:
         batch = reward_input(setup, rollout)
-        answer = processes.shared(lambda: _ask(setup, batch))
+        answer = processes.shared(functools.partial(_ask, setup.host_reward, batch))
         if "error" in answer:
             raise RewardError(answer["error"])
         parts = answer["parts"]
@@ -161,10 +163,10 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
     return Scores(total, parts)
 
 
-def _ask(setup: OnlineSetup, batch: RewardInput) -> dict[str, Any]:
+def _ask(host_reward: HostReward, batch: RewardInput) -> dict[str, Any]:
     """Host rewards of a whole batch, or why there are none. One process asks, whatever their number: all get its answer."""
     try:
-        values, found = setup.host_reward(batch)
+        values, found = host_reward(batch)
     except RewardError as error:
         return {"error": str(error)}
     return {"values": np.asarray(values).tolist(), "parts": {name: float(np.mean(value)) for name, value in found.items()}}

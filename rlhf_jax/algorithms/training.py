@@ -80,8 +80,8 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
     )
     clipped = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm > 0 else adamw
 
-    def update(grads: Params, state: Any, params: Params | None = None) -> Any:
-        return clipped.update(_float32(grads), state, _float32(params))
+    def update(updates: Params, state: Any, params: Params | None = None) -> Any:
+        return clipped.update(_float32(updates), state, _float32(params))
 
     return optax.GradientTransformation(lambda params: clipped.init(_float32(params)), update)
 
