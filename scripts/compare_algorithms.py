@@ -123,10 +123,10 @@ def gold(prompts: jax.Array, rollout: Rollout) -> jax.Array:
     negated = jnp.pad(words[:, :-1] == number["not"], ((0, 0), (1, 0)))
     seen = (jnp.cumsum(one_hot, 1) - one_hot)[jnp.arange(len(words))[:, None], jnp.arange(words.shape[1])[None], words] > 0
     sentiment = jnp.where(value == 0, 0.0, jnp.where(seen, -0.25, jnp.where(negated, -value, value))).sum(1)
-    topics = jnp.asarray([number[topic] for topic in reviews.TOPICS])
-    own = jnp.asarray(nouns)[jnp.argmax(prompts[rollout.index][:, :, None] == topics, 2).max(1)]
+    asked = jax.nn.one_hot(prompts[rollout.index], size).max(1)  # f32[B, V]
+    own = asked @ jnp.asarray(np.stack([table([topic]) for topic in reviews.TOPICS]).T) @ jnp.asarray(nouns)
     counts = one_hot.sum(1)
-    on, off = ((counts > 0) * own).sum(1), (counts * (jnp.asarray(nouns.sum(0)) - own)).sum(1)
+    on, off = ((counts > 0) * own).sum(1), (counts * (jnp.asarray(nouns.sum(0))[None] - own)).sum(1)
     same = (words[:, 1:] == words[:, :-1]) & said[:, 1:]
     again = (words[:, 3:] == words[:, :-3]) & said[:, 3:]
     triples = again[:, :-2] & again[:, 1:-1] & again[:, 2:]
@@ -140,7 +140,7 @@ def gold(prompts: jax.Array, rollout: Rollout) -> jax.Array:
     )
 
 
-def passes_per_answer(stage: str, settings: Any) -> float:
+def passes_per_answer(stage: str, settings: Any) -> int:
     """Passes of the model over an answer that a step makes of each of its answers: the page's table, and generation."""
     if stage == "dpo":
         return 3 + 1
@@ -262,25 +262,26 @@ def compare(args: argparse.Namespace, out: Path) -> None:
 
 
 def table(folder: Path) -> str:
-    """What the files below `folder` hold, a column a task."""
+    """What the files below `folder` hold: passes per answer, then a column a task."""
     tasks = [task for task in TASKS if list((folder / task).glob("*.json"))]
-    rows = [["", *tasks], ["---"] * (1 + len(tasks))]
-    for name in ("start", *CASES):
-        cells = []
-        for task in tasks:
-            file = folder / task / f"{'PPO' if name == 'start' else name}.json"
-            found = json.loads(file.read_text()) if file.is_file() else None
-            cells.append("" if found is None else _cell(task, found, start=name == "start"))
-        rows.append([name, *cells])
+    rows = [["", "passes per answer", *tasks], ["---"] * (2 + len(tasks))]
+    for name, (file, changes) in CASES.items():
+        stage = config_file.stage_of(CONFIGS / f"{file}.yaml")
+        run = config_file.load(CONFIGS / f"{file}.yaml", changes, config.STAGES[stage])
+        cells = [_cell(task, folder / task / f"{name}.json") for task in tasks]
+        rows.append([name, f"{passes_per_answer(stage, getattr(run, stage))}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(task: str, found: dict[str, Any], *, start: bool) -> str:
-    shown = (lambda x: f"{100 * x:.1f} %") if task == "addition" else (lambda x: f"{x:.2f}")
-    if start:
-        return shown(found["before"])
-    after = np.asarray(found["after"])
-    return f"{shown(after.mean())} ± {shown(after.std(ddof=1) / len(after) ** 0.5)}, {found['steps']} steps"
+def _cell(task: str, file: Path) -> str:
+    """Mean over seeds and its standard error; sums in per cent."""
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text())
+    scale, digits = (100, 1) if task == "addition" else (1, 2)
+    after = scale * np.asarray(found["after"])
+    error = after.std(ddof=1) / len(after) ** 0.5
+    return f"{scale * found['before']:.{digits}f} -> {after.mean():.{digits}f} ± {error:.{digits}f} in {found['steps']} steps"
 
 
 def main() -> None:
@@ -288,7 +289,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/compare")
     parser.add_argument("--task", choices=sorted(TASKS), default="addition")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=150_000, help="passes over an answer")
+    parser.add_argument("--budget", type=float, default=180_000, help="passes over an answer")
     parser.add_argument("--only", nargs="*", help="rows of the table")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every algorithm's run file")
     parser.add_argument("--start", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the fine-tuning's run file")

@@ -1,7 +1,7 @@
 """What the algorithms reach from a fine-tuned start, seed by seed, with the run files of configs/.
 
-    python scripts/measure_algorithms.py --out runs/measure --seeds 3                      every file
-    python scripts/measure_algorithms.py --out runs/measure --seeds 3 --only grpo_addition dpo_reviews
+    python scripts/measure_algorithms.py --out runs/measure                                every file, seeds 0, 1 and 2
+    python scripts/measure_algorithms.py --out runs/measure --seeds 0 --only grpo_addition dpo_reviews
 
 Sums: share of exact answers to held-out sums, sampled at temperature 1, as the run logs it (eval/score). Reviews: gold reward
 of 512 sampled answers, which training never sees. Prints a line a file and seed: before, after, seconds of the run alone.
@@ -56,14 +56,14 @@ def measure(name: str, out: Path, seed: int, changes: list[str]) -> tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/measure")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="names of run files")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the run files, not the start's")
     args = parser.parse_args()
     files = sorted(path.stem for task in ("addition", "reviews") for path in CONFIGS.glob(f"*_{task}.yaml"))
     for name in args.only or [name for name in files if not name.startswith("sft_")]:
         found = []
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             found.append(measure(name, Path(args.out) / f"seed{seed}", seed, args.change))
             print(f"{name} seed {seed}: {found[-1][0]:.3f} -> {found[-1][1]:.3f} in {found[-1][2]:.0f} s", flush=True)
         before, after, seconds = np.mean(found, axis=0)
