@@ -36,9 +36,9 @@ class RankRun(config.OnlineRun):
 algorithms.ALGORITHMS["rank"], config.STAGES["rank"] = build, RankRun
 
 
-def main(out: str = "runs/rank", tuning_steps: int = 1500, steps: int = 120, sums: int = 20000) -> None:
-    model = config.Model(scratch=config.Scratch(width=96, layers=2, mlp_width=256, max_length=64))
-    data = config.Data(task="addition", task_options={"digits": 2, "count": sums}, max_prompt_tokens=8, max_tokens=16)
+def main(out: str = "runs/rank", tuning_steps: int = 2400, steps: int = 300, sums: int = 20000) -> None:
+    model = config.Model(scratch=config.Scratch(width=64, layers=2, mlp_width=256, max_length=64, rope_theta=100.0))
+    data = config.Data(task="addition", task_options={"digits": 2, "count": sums}, max_prompt_tokens=8, max_tokens=12)
     fast = config.Optimizer(learning_rate=5e-3, schedule="cosine", beta2=0.99, eps=1e-8, clip_norm=0.5)
     tuning = config.SFTRun(out=f"{out}/sft", steps=tuning_steps, batch_size=128, model=model, data=data, optimizer=fast)
     run = RankRun(
@@ -47,7 +47,7 @@ def main(out: str = "runs/rank", tuning_steps: int = 1500, steps: int = 120, sum
         batch_size=256,
         model=config.Model(path=str(offline.run("sft", tuning) / "final")),
         data=data,
-        sampling=config.Sampling(max_new_tokens=5),
+        sampling=config.Sampling(max_new_tokens=6),
         rank=config.GRPO(kl_coef=0.0),
         actor_optimizer=config.Optimizer(learning_rate=1e-3),
     )

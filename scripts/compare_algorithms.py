@@ -77,7 +77,7 @@ def load_task(started: config.SFTRun) -> Task:
     pairs = make_preference_data(settings, tokenizer, seed=0, batch_size=len(pairs)).batch(0)  # an epoch: all of them
     every, held_out = np.arange(len(data.tables.tables[0].numbers)), data.tables.eval_index()
     prompts = jnp.asarray(data.prompts(every).tokens)
-    length = {"addition": 5, "reviews": reviews.RESPONSE_TOKENS}[name]
+    length = {"addition": 6, "reviews": reviews.RESPONSE_TOKENS}[name]
     if name == "addition":
         texts = [str(answer) for answer in data.columns(every)["answer"]]
         answers = np.full((len(texts), length), tokenizer.pad_id)
