@@ -40,12 +40,12 @@ def gold_of(model: Path, seed: int) -> float:
     return float(reviews.gold(prompts, [each.text for each in found], [each.finished for each in found]).mean())
 
 
-def measure(name: str, out: Path, seed: int, changes: list[str]) -> tuple[float, float, float]:
+def measure(name: str, out: Path, seed: int, start_seed: int, changes: list[str]) -> tuple[float, float, float]:
     """Score before and after, and seconds of the run without its fine-tuning."""
     task = name.rpartition("_")[2]
-    start = run(f"sft_{task}", out, seed) / "final"
+    start = run(f"sft_{task}", out / f"seed{start_seed}", start_seed) / "final"
     began = time.perf_counter()
-    trained = run(name, out, seed, f"model.path={start}", *changes)
+    trained = run(name, out / f"seed{seed}", seed, f"model.path={start}", *changes)
     seconds = time.perf_counter() - began
     if task == "reviews":
         return gold_of(start, seed), gold_of(trained / "final", seed), seconds
@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/measure")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--start", type=int, help="seed of the fine-tuning; default: that of the run")
     parser.add_argument("--only", nargs="*", help="names of run files")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the run files, not the start's")
     args = parser.parse_args()
@@ -64,7 +65,8 @@ def main() -> None:
     for name in args.only or [name for name in files if not name.startswith("sft_")]:
         found = []
         for seed in args.seeds:
-            found.append(measure(name, Path(args.out) / f"seed{seed}", seed, args.change))
+            start = seed if args.start is None else args.start
+            found.append(measure(name, Path(args.out), seed, start, args.change))
             print(f"{name} seed {seed}: {found[-1][0]:.3f} -> {found[-1][1]:.3f} in {found[-1][2]:.0f} s", flush=True)
         before, after, seconds = np.mean(found, axis=0)
         print(f"{name} mean: {before:.3f} -> {after:.3f} (least {min(each[1] for each in found):.3f}), {seconds:.0f} s a seed")
