@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/compare")
     parser.add_argument("--task", choices=sorted(TASKS), default="addition")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=180_000, help="passes over an answer")
+    parser.add_argument("--budget", type=float, default=100_000, help="passes over an answer")
     parser.add_argument("--only", nargs="*", help="rows of the table")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every algorithm's run file")
     parser.add_argument("--start", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the fine-tuning's run file")
