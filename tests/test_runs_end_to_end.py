@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,9 @@ def test_reward_model_and_critic_are_adapters_on_the_actor_s_base(base: Path, tm
     trees = (setup.actor.base, setup.actor.params, setup.critic.params, lora.load_adapter(scorer, setup.actor.spec).params)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in trees]
     leaves = jax.tree.leaves((setup.actor.params, setup.critic.params, setup.frozen))
-    assert sum({id(x): x.nbytes for x in leaves}.values()) == sum(sizes)
+    held = sum({id(x): x.nbytes for x in leaves}.values())
+    sys.stdout.write(f"held {held:,} B: base, adapters of actor, critic, reward model: {', '.join(map(str, sizes))}\n")
+    assert held == sum(sizes)
     whole = setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "whole", start, scorer.parent)))
     prompts, key = setup.place(setup.prompts(0)), jax.random.key(0)
     rollout = setup.do["rollout"](setup.do["sync"](setup.actor.params, setup.actor.base), prompts, key)
