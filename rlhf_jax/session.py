@@ -43,7 +43,7 @@ class Session:
         return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step)
 
     def write(self, step: int, found: Mapping[str, Any], dump: Callable[[], Any]) -> None:
-        """The row of a finished step; stops the run after too many updates that were not finite.
+        """The row of a finished step; stops the run after too many updates that were not finite, or a save that failed.
 
         Args:
           found: metrics, with `health/bad_steps` and `health/alarms`, which are counters and no metrics.
@@ -63,6 +63,7 @@ class Session:
             int(bad), self.settings.health, lambda: health.dump_arrays(path, parallel.fetch(dump())), step=step
         )
         self.watchdog.beat(step)
+        self.checkpoints.check()
 
     def settle(self, step: int, state: Any) -> None:
         """After a pause whose rows are written: save if that is due, leave if it was asked (raises `signals.Stopped`)."""
