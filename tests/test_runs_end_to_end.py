@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import config, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax import config, export, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
@@ -162,6 +163,38 @@ def test_actor_and_critic_are_exported(policy: tuple[Path, setups.OnlineSetup], 
     assert load_tokenizer(policy[0] / "final").hash == load_tokenizer(base / "sft" / "final").hash
 
 
+def same_model(ours: Path, theirs: Path) -> bool:
+    names = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+    return all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+
+
+def test_a_run_is_exported_again_as_it_exported_itself(
+    policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path
+) -> None:
+    runs = {"sft": (base / "sft", "final", "model"), "reward": (base / "reward", "final", "model")}
+    runs |= {"ppo": (policy[0], "final", "model"), "critic": (policy[0], "final-critic", "critic")}
+    for name, (run, final, part) in runs.items():
+        assert same_model(export.export(run, tmp_path / name, part=part), run / final), name
+    early = export.export(base / "reward" / "checkpoints" / "2", tmp_path / "early")
+    found = json.loads((early / "config.json").read_text())
+    assert (found["mean"], found["std"]) == (0.0, 1.0)
+    assert not same_model(early, base / "reward" / "final")
+    for arguments, words in (
+        ({"source": policy[0], "part": "ema"}, "holds no ema; it has: actor"),
+        ({"source": policy[0], "out": tmp_path / "sft"}, "exists already"),
+        ({"source": tmp_path}, "neither a run with checkpoints nor a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export.export(**({"out": tmp_path / "new"} | arguments))
+    saved = shutil.copytree(base / "sft", tmp_path / "harmed") / "checkpoints" / "4"
+    victim = max(saved.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"is damaged: .*{victim.name}"):
+        export.export(tmp_path / "harmed", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, setups.OnlineSetup], base: Path) -> None:
     before = (policy[0] / metrics.METRICS).read_bytes()
     online.run("ppo", ppo_run(base / "ppo", base / "sft" / "final", base / "reward" / "final"))
@@ -254,6 +287,8 @@ def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_pa
     same = jax.tree.map(lambda a, b: bool((a == b).all()), merged.params, start.params)
     assert same["embed"]["embedding"]
     assert not same["layers"]["attention"]["q"]["kernel"]
+    assert same_model(export.export(out, tmp_path / "again"), out / "final")
+    assert same_model(export.export(out, tmp_path / "critic", part="critic"), out / "final-critic")
     exported = lora.load_adapter(out / "final" / "adapter", merged.spec)
     assert (out / "final-critic" / "adapter" / "adapter_model.safetensors").is_file()
     again = config.Lora(rank=2, alpha=8.0, path=str(out / "final" / "adapter"))
