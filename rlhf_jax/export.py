@@ -1,5 +1,6 @@
 """A run or one of its checkpoints as a Hugging Face directory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
 
     Args:
       source: directory of a run, or of one checkpoint (`RUN/checkpoints/30`).
-      out: directory to make; it must not exist.
+      out: directory to make; it must not exist. A reward model that is not the run's last has no calibration: scores are raw.
       part: "model" (what the stage trains), "critic" or "ema" of an online run.
     Raises:
       UserError: no such run or checkpoint, a damaged one, or the part is not in it.
@@ -58,8 +59,18 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     else:
         key = build.root_key(settings, "model")
         loaded = build.load(settings.model, mesh, head=head, key=key, real_vocab=tokenizer.vocab_size, path=path)
-    build.export(out, loaded, params, head=head, tokenizer=tokenizer, calibration=Calibration())
+    build.export(out, loaded, params, head=head, tokenizer=tokenizer, calibration=_calibration(run_dir, saved, stage))
     return out
+
+
+def _calibration(run_dir: Path, saved: Path, stage: str) -> Calibration:
+    """Of a reward model: what the run measured when it was done, where this is the state it was measured with."""
+    measured = run_dir / "final" / "config.json"
+    record = json.loads((run_dir / "run.json").read_bytes())
+    if stage != "reward" or str(record["completed_step"]) != saved.name or not measured.is_file():
+        return Calibration()
+    found = json.loads(measured.read_bytes())
+    return Calibration(float(found["mean"]), float(found["std"]))
 
 
 def locate(source: Path) -> tuple[Path, Path]:

@@ -49,7 +49,7 @@ class Session:
         self.profile.begin(step)
 
     def write(self, step: int, found: Mapping[str, Any], dump: Callable[[], Any]) -> None:
-        """The row of a finished step; stops the run after too many updates that were not finite.
+        """The row of a finished step; stops the run after too many updates that were not finite, or a save that failed.
 
         Args:
           found: metrics, with `health/bad_steps` and `health/alarms`, which are counters and no metrics.
@@ -73,6 +73,7 @@ class Session:
 
         health.require_finite_steps(int(bad), self.settings.health, dumped, step=step)
         self.watchdog.beat(step)
+        self.checkpoints.check()
 
     def settle(self, step: int, state: Any) -> None:
         """After a pause whose rows are written: save if that is due, leave if it was asked (raises `signals.Stopped`)."""

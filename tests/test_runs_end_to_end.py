@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, config, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
@@ -162,6 +164,38 @@ def test_actor_and_critic_are_exported(policy: tuple[Path, setups.OnlineSetup], 
     assert load_tokenizer(policy[0] / "final").hash == load_tokenizer(base / "sft" / "final").hash
 
 
+def same_model(ours: Path, theirs: Path) -> bool:
+    names = {path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+    return all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+
+
+def test_a_run_is_exported_again_as_it_exported_itself(
+    policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path
+) -> None:
+    runs = {"sft": (base / "sft", "final", "model"), "reward": (base / "reward", "final", "model")}
+    runs |= {"ppo": (policy[0], "final", "model"), "critic": (policy[0], "final-critic", "critic")}
+    for name, (run, final, part) in runs.items():
+        assert same_model(export.export(run, tmp_path / name, part=part), run / final), name
+    early = export.export(base / "reward" / "checkpoints" / "2", tmp_path / "early")
+    found = json.loads((early / "config.json").read_text())
+    assert (found["mean"], found["std"]) == (0.0, 1.0)
+    assert not same_model(early, base / "reward" / "final")
+    for arguments, words in (
+        ({"source": policy[0], "part": "ema"}, "holds no ema; it has: actor"),
+        ({"source": policy[0], "out": tmp_path / "sft"}, "exists already"),
+        ({"source": tmp_path}, "neither a run with checkpoints nor a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export.export(**({"out": tmp_path / "new"} | arguments))
+    saved = shutil.copytree(base / "sft", tmp_path / "harmed") / "checkpoints" / "4"
+    victim = max(saved.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"is damaged: .*{victim.name}"):
+        export.export(tmp_path / "harmed", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, setups.OnlineSetup], base: Path) -> None:
     before = (policy[0] / metrics.METRICS).read_bytes()
     online.run("ppo", ppo_run(base / "ppo", base / "sft" / "final", base / "reward" / "final"))
@@ -307,6 +341,11 @@ def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_pa
     same = jax.tree.map(lambda a, b: bool((a == b).all()), merged.params, start.params)
     assert same["embed"]["embedding"]
     assert not same["layers"]["attention"]["q"]["kernel"]
+    for part, final, head in (("model", "final", "lm"), ("critic", "final-critic", "value")):
+        again = export.export(out, tmp_path / part, part=part)
+        assert same_model(again / "adapter", out / final / "adapter")
+        pair = [models.load_checkpoint(place, head=head).params for place in (again, out / final)]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), *pair)  # merged on other devices
     exported = lora.load_adapter(out / "final" / "adapter", merged.spec)
     assert (out / "final-critic" / "adapter" / "adapter_model.safetensors").is_file()
     again = config.Lora(rank=2, alpha=8.0, path=str(out / "final" / "adapter"))
@@ -332,7 +371,9 @@ def test_reward_model_and_critic_are_adapters_on_the_actor_s_base(base: Path, tm
     trees = (setup.actor.base, setup.actor.params, setup.critic.params, lora.load_adapter(scorer, setup.actor.spec).params)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in trees]
     leaves = jax.tree.leaves((setup.actor.params, setup.critic.params, setup.frozen))
-    assert sum({id(x): x.nbytes for x in leaves}.values()) == sum(sizes)
+    held = sum({id(x): x.nbytes for x in leaves}.values())
+    sys.stdout.write(f"held {held:,} B: base, adapters of actor, critic, reward model: {', '.join(map(str, sizes))}\n")
+    assert held == sum(sizes)
     whole = setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "whole", start, scorer.parent)))
     prompts, key = setup.place(setup.prompts(0)), jax.random.key(0)
     rollout = setup.do["rollout"](setup.do["sync"](setup.actor.params, setup.actor.base), prompts, key)

@@ -51,6 +51,7 @@ ROWS: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             _RUNS + "row_15_too_little_disk_is_told_before_compiling",
             _RUNS + "row_15_a_disk_that_fills_up_during_a_save_keeps_the_older_checkpoint",
+            _RUNS + "row_15_a_save_that_failed_stops_the_run_at_the_next_step_not_at_the_next_save",
             _FAULTS + "test_disk.py::test_row_15_a_disk_that_is_really_full_keeps_the_older_checkpoint",
         ),
     ),

@@ -129,6 +129,25 @@ def test_row_15_a_disk_that_fills_up_during_a_save_keeps_the_older_checkpoint(co
     assert same_as_uninterrupted(out, finished)
 
 
+def test_row_15_a_save_that_failed_stops_the_run_at_the_next_step_not_at_the_next_save(command, sft, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    finish = offline.finish
+
+    def patient(session, pending):
+        if session.checkpoints._saving:  # the disk answers before this step is over
+            session.checkpoints._saving[2].exception()
+        finish(session, pending)
+
+    monkeypatch.setattr(integrity, "sync_tree", full)
+    monkeypatch.setattr(offline, "finish", patient)
+    status, text = command("sft", sft, "save.every=2", "log.eval_every=0")
+    assert status == 2
+    assert "checkpoint 2 could not be written" in text
+    assert stages.rows(sft.parent / "sft" / "metrics.jsonl")[-1]["step"] == 3
+
+
 @pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
 def test_row_16_a_place_where_nobody_may_write_fails_before_compiling(command, sft, place, monkeypatch):
     monkeypatch.setattr(offline.setups, "set_up_offline", None)

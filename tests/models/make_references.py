@@ -129,7 +129,7 @@ def router_margin(model: Any, tokens: np.ndarray, mask: np.ndarray) -> float:
 def score(directory: Path, model: Any, tokens: np.ndarray, mask: np.ndarray, eager: bool, seed: int) -> np.ndarray:
     """transformers' own reward model on the same trunk."""
     reward_config = AutoConfig.from_pretrained(directory)
-    reward_config.num_labels = 1
+    reward_config.num_labels, reward_config.dtype = 1, torch.float32
     reward = AutoModelForSequenceClassification.from_config(
         reward_config, attn_implementation="eager" if eager else "sdpa"
     ).eval()
