@@ -215,6 +215,7 @@ class Checkpoints:
                 self._say(f"{final} was not the checkpoint this run started from; kept as {aside.name}")
             if partial.exists():
                 shelf.delete(partial)
+            shelf.delete_parts(self.directory)
             partial.mkdir(parents=True)
             (partial / shelf.MARKER).write_text(shelf.MARKER_TEXT)
             (partial / shelf.DESCRIPTION).write_text(description)
@@ -231,11 +232,10 @@ class Checkpoints:
             integrity.sync_path(partial / name)
         files = integrity.hash_files(partial, mine)
         if not processes.is_writer():
-            part = self.directory / f"{step}{shelf.PARTIAL}" / f".part{jax.process_index()}"
-            integrity.write_atomically(part, json.dumps(files))
+            integrity.write_atomically(shelf.part(self.directory, step, jax.process_index()), json.dumps(files))
             return
         for process in range(1, jax.process_count()):
-            files |= _await_part(partial / f".part{process}")
+            files |= _await_part(shelf.part(self.directory, step, process))
         integrity.sync_tree(partial)
         integrity.write_manifest(partial, step, files)
         partial.rename(final)

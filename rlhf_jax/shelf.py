@@ -2,6 +2,8 @@
 
 30           finished             30.partial    being written, or left over from a kill
 30.broken    damaged, set aside   30.deleting   being removed, or left over from a kill
+30.part1     of a run of several processes: hashes of what process 1 wrote, until process 0 has taken them over. It lies beside
+             the directory, which process 0 lists, hashes and renames while the others may still be writing theirs.
 """
 
 import shutil
@@ -54,6 +56,19 @@ def delete(path: Path) -> bool:
             shutil.rmtree(entry)
     path.rmdir()
     return True
+
+
+def part(directory: Path, step: int, process: int) -> Path:
+    """Where a process leaves the hashes of its files for process 0."""
+    return directory / f"{step}.part{process}"
+
+
+def delete_parts(directory: Path) -> None:
+    """Remove what a save that was interrupted left there: it would be taken for that of the next."""
+    for path in directory.glob("*.part*"):
+        step, _, process = path.name.removesuffix(PARTIAL).partition(".part")
+        if step.isdecimal() and process.isdecimal() and path.is_file():
+            path.unlink()
 
 
 def free_name(path: Path, suffix: str) -> Path:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax import checkpoint, integrity
+from rlhf_jax import checkpoint, integrity, shelf
 from rlhf_jax.checkpoint import Checkpoints, read, read_digest, state_digest
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Moments, RunState, TrainState
@@ -383,3 +384,27 @@ def test_a_manifest_lists_every_file(saved):
     assert set(files) == {path.relative_to(saved / "30").as_posix() for path in (saved / "30").rglob("*") if path.is_file()} - {
         "manifest.json"
     }
+
+
+def test_a_process_that_is_faster_than_the_first_leaves_its_hashes_beside_the_checkpoint(tmp_path, monkeypatch):
+    """Inside, they would be taken for a part of it, and their final name would vanish while the first process reads."""
+    keep = Checkpoints(tmp_path, keep_last=1)
+    stale = shelf.part(tmp_path, 20, 1)
+    stale.write_text("{}")
+    (tmp_path / "20.part1.partial").write_text("{}")
+    assert keep._prepare(30, 0, "{}") == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["30.partial"]
+    ours, theirs = (tmp_path / "30.partial" / "state" / f"ocdbt.process_{n}" / "data" for n in (0, 1))
+    for path in (ours, theirs):
+        path.parent.mkdir(parents=True)
+        path.write_text(path.parent.name)
+    done = SimpleNamespace(result=lambda: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        keep._finish(30, done)
+    assert integrity.problems(tmp_path / "30", step=30) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["30", "LATEST"]
+    theirs = tmp_path / "30" / "state" / "ocdbt.process_1" / "data"
+    theirs.write_text("another")
+    assert len(integrity.problems(tmp_path / "30", step=30)) == 1
