@@ -51,6 +51,7 @@ class Run:
             pause_due=lambda step: step == self.last,
             evaluation_due=lambda step: True,
             settle=lambda step, state: None,
+            begin=lambda step: None,
             watchdog=SimpleNamespace(pause=lambda: None),
             owes_evaluation=False,
         )
