@@ -303,7 +303,7 @@ def test_a_client_that_hangs_up_stops_its_own_answer(language):
     stream = language.client.completions.create(model="tiny", prompt="what", max_tokens=100, seed=1, stream=True)
     first = next(iter(stream))
     short = language.client.completions.create(model="tiny", prompt="what", max_tokens=1, seed=1)
-    assert short.choices[0].text == first.choices[0].text
+    assert short.choices[0].text.rstrip("\ufffd") == first.choices[0].text  # a character that is not whole is held back
     stream.close()
     wait_until(lambda: language.service.requests == 0)
     connection = http.client.HTTPConnection("127.0.0.1", language.port, timeout=60)
