@@ -51,7 +51,8 @@ def gemma3_spec(config: dict[str, Any]) -> Spec:
     config = defaults | config.get("text_config", config)
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     types = config.get("layer_types") or [SLIDING if (i + 1) % every else FULL for i in range(config["num_hidden_layers"])]
-    caps = {"attention_cap": config.get("attn_logit_softcapping"), "logit_cap": config.get("final_logit_softcapping")}
+    # transformers reads attn_logit_softcapping for Gemma 3 and never applies it
+    caps = {"attention_cap": None, "logit_cap": config.get("final_logit_softcapping")}
     spec = gemma2_spec(config | {"layer_types": types}, qk_norm="head", **caps)
     local = {"rope_theta": config.get("rope_local_base_freq") or 10000.0}
     ropes = {
