@@ -25,7 +25,7 @@ from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import http_reward
 from rlhf_jax.serving import app, schema, service
-from rlhf_jax.streaming import Ask, Piece
+from rlhf_jax.streaming import Ask, Piece, Streamer
 from rlhf_jax.types import RewardInput
 
 ROOT = Path(__file__).parent.parent
@@ -299,19 +299,30 @@ def test_a_fault_of_the_server_is_an_error_object(language, monkeypatch):
 # Several at one time.
 
 
-def test_a_client_that_hangs_up_stops_its_own_answer(language):
-    stream = language.client.completions.create(model="tiny", prompt="what", max_tokens=100, seed=1, stream=True)
-    first = next(iter(stream))
-    short = language.client.completions.create(model="tiny", prompt="what", max_tokens=1, seed=1)
-    assert short.choices[0].text.rstrip("\ufffd") == first.choices[0].text  # a character that is not whole is held back
-    stream.close()
-    wait_until(lambda: language.service.requests == 0)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_its_answer(language, monkeypatch, stream):
+    """An answer without an end ends when nobody listens any more, streamed or not."""
+    closed = threading.Event()
+
+    def endless(self, ask):
+        try:
+            while True:
+                time.sleep(0.001)
+                yield Piece(0, "more ", ())
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(Streamer, "stream", endless)
     connection = http.client.HTTPConnection("127.0.0.1", language.port, timeout=60)
-    body = json.dumps({"prompt": ["what"] * 64, "max_tokens": 100})
+    body = json.dumps({"prompt": "what", "max_tokens": 100, "stream": stream})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    if stream:
+        assert b"more" in connection.getresponse().fp.read(300)
     wait_until(lambda: language.service.requests == 1)
+    assert not closed.is_set()
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
+    assert closed.wait(60)
     wait_until(lambda: language.service.requests == 0)
 
 
