@@ -82,13 +82,14 @@ SHAPES = [(1, 1, 8, 12), (6, 3, 10, 36), (8, 2, 4, 40), (5, 1, 6, 24), (4, 4, 14
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "width"), SHAPES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "mixtral"])
 def test_other_shapes_that_transformers_writes(model_type, heads, kv_heads, head_dim, width, tmp_path):
-    if width % heads and model_type in ("llama", "gemma2"):
+    if width % heads and model_type in ("llama", "gemma2", "gemma3_text"):
         width = heads * head_dim  # their classes insist
     settings = cases.llama_like(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=width)
     settings |= {"sliding_window": 5, "num_hidden_layers": 3, "tie_word_embeddings": heads % 2 == 0}
     settings |= {"num_local_experts": 3, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
+    settings |= {"attn_logit_softcapping": 3.0} if model_type == "gemma3_text" else {}  # which its class ignores
     torch.manual_seed(heads)
     config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(settings))
     theirs_model = transformers.AutoModelForCausalLM.from_config(config)
