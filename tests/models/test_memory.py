@@ -24,7 +24,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 MEASURE = """
-import json, sys
+import ctypes, gc, json, sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.models import load_checkpoint
@@ -37,6 +37,8 @@ def split(shapes):
     return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*[None] * (s.ndim - 1), "x")), shapes)
 
 load_checkpoint(sys.argv[2], shardings=split)  # imports, backend, first use
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # or the peak would reuse what the warm-up has freed
 before = rss("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
 found = load_checkpoint(sys.argv[1], shardings=split)
