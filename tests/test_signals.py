@@ -18,7 +18,9 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # m
 def start(body: str) -> subprocess.Popen:
     head = "import time\nfrom rlhf_jax.signals import Interrupts\nwith Interrupts(command='rlhf-jax ppo x.yaml') as interrupts:\n"
     code = head + textwrap.indent(textwrap.dedent(body), "    ")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -35,18 +37,18 @@ def test_the_first_request_lets_the_step_finish(number):
         interrupts.unsaved = True
         print("ready", flush=True)
         for step in range(100):
-            time.sleep(0.1)
+            input()
             print("finished", step, flush=True)
             if interrupts.poll():
                 raise SystemExit(str(interrupts.stopped(step)))
     """)
-    process.stdout.readline()
-    process.send_signal(number)
-    _, out, err, _ = end(process)
-    last = int(out.splitlines()[-1].split()[1])
-    assert last <= 3
-    assert f"{number.name}: finishing this step, then saving" in err
-    assert f"step {last} is saved. Go on with the same command:\n  rlhf-jax ppo x.yaml" in err
+    process.send_signal(number)  # in the middle of step 0, which lasts until there is a line to read
+    heard = process.stderr.readline()
+    assert f"{number.name}: finishing this step, then saving" in heard
+    out, err = process.communicate("\n", timeout=20)
+    assert process.returncode == 1
+    assert out == "finished 0\n"
+    assert "step 0 is saved. Go on with the same command:\n  rlhf-jax ppo x.yaml" in heard + err
 
 
 def test_nothing_unsaved_means_leaving_at_once_even_inside_a_compilation():
