@@ -31,7 +31,7 @@ class Scores(NamedTuple):
     """What the rewards said about a rollout."""
 
     total: jax.Array  # f32[B], reward units
-    parts: dict[str, float]  # mean of each host reward
+    parts: dict[str, float | jax.Array]  # each by itself, where there are several: mean of a host reward, f32[B] of the model's
 
 
 class Pending(NamedTuple):
@@ -40,7 +40,7 @@ class Pending(NamedTuple):
     step: int
     metrics: dict[str, jax.Array]
     rollout: Rollout
-    parts: dict[str, float]
+    parts: dict[str, float | jax.Array]
     prompt_tokens: int  # without padding
     began: float
 
@@ -148,16 +148,19 @@ def reward(setup: OnlineSetup, rollout: Rollout) -> Scores:
     """Score a rollout: the reward model on the devices, functions and servers on the host, summed with their weights."""
     settings = setup.settings.reward
     total: Any = None
-    parts: dict[str, float] = {}
+    parts: dict[str, float | jax.Array] = {}
     if "reward" in setup.do:
         with health.phase("score", setup.components):
-            total = settings.model_weight * setup.do["reward"](setup.frozen.reward, rollout)
+            of_model = setup.do["reward"](setup.frozen.reward, rollout)
+            total = settings.model_weight * of_model
+        if setup.host_reward is not None:
+            parts["reward/model"] = of_model
     if setup.host_reward is not None:
         batch = reward_input(setup, rollout)
         answer = processes.shared(functools.partial(_ask, setup.host_reward, batch))
         if "error" in answer:
             raise RewardError(answer["error"])
-        parts = answer["parts"]
+        parts |= answer["parts"]
         values = setup.place(np.asarray(answer["values"], np.float32))
         total = values if total is None else total + values
     return Scores(total, parts)
@@ -183,7 +186,8 @@ def reward_input(setup: OnlineSetup, rollout: Rollout, rows: int | None = None) 
 
 def finish(setup: OnlineSetup, session: Session, pending: Pending) -> None:
     """Read the results of a step and write its row; blocks until the device has computed them."""
-    found: dict[str, Any] = dict(pending.metrics) | pending.parts
+    found: dict[str, Any] = dict(pending.metrics)
+    found |= {name: float(np.mean(parallel.fetch(part))) for name, part in pending.parts.items()}
     if setup.gold is not None:
         found["reward/gold"] = float(np.mean(setup.gold(reward_input(setup, pending.rollout))))
     tokens = int(parallel.fetch(pending.rollout.action_mask.sum()))

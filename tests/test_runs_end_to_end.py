@@ -220,13 +220,24 @@ def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_p
     algorithm = config.PPO(
         epochs=1, ptx_coef=0.5, ema_decay=0.9, adaptive_kl=config.AdaptiveKL(target=0.1, horizon=100.0), kl_estimator="exact"
     )
+    functions = (config.RewardFunction(function="length", weight=2.0, options={"maximum": 6}),)
     settings = ppo_run(
-        tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final", ppo=algorithm, ptx_data=DATA, steps=2, score_parts=2
+        tmp_path / "ppo",
+        base / "sft" / "final",
+        None,
+        reward=config.Reward(model=str(base / "reward" / "final"), model_weight=0.5, functions=functions),
+        ppo=algorithm,
+        ptx_data=DATA,
+        steps=2,
+        score_parts=2,
     )
     out = online.run("ppo", settings)
     rows = rows_of(out, "reward/score")
     assert rows[1]["kl/coef"] != rows[0]["kl/coef"]
     assert all(row["ptx/loss_nats"] > 0 for row in rows)
+    for row in rows:  # every part by itself
+        assert row["reward/score"] == pytest.approx(0.5 * row["reward/model"] + 2 * row["reward/length"], abs=2e-5)
+        assert row["reward/model"] != 0 != row["reward/length"]
     assert (out / "final-ema" / "config.json").is_file()
     assert any("eval_ema/score" in row for row in rows_of(out, "eval/score"))
 

@@ -32,6 +32,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
 SPREAD = ("prompts", "responses", "completions")  # a function whose first parameter is one of these gets the batch in pieces
 _VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
+TAKEN = ("score", "score_std", "nonfinite_rate", "shaped", "gold", "model", "url")  # the loop's own `reward/...`
 HostReward = Callable[[RewardInput], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
@@ -44,7 +45,7 @@ def make_reward(reward: config.Reward, tokenizer: Any = None) -> HostReward:
     """
     parts: list[tuple[str, float, Callable[[RewardInput], Any]]] = []
     for entry in reward.functions:
-        name = _unused(entry.function.rpartition(":")[2], [part[0] for part in parts])
+        name = _unused(entry.function.rpartition(":")[2], [*TAKEN, *(part[0] for part in parts)])
         parts.append((name, _weight(entry.weight, f"reward.functions ({name})"), _bound(entry, tokenizer)))
     if reward.url is not None:
         parts.append(

@@ -115,6 +115,9 @@ def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
     assert total.tolist() == [-3.5, -1.5]
     assert total.dtype == np.float32
     assert make_reward(Reward())(_batch(["a"]))[0].tolist() == [0.0]
+    score = RewardFunction(function=f"{_file(tmp_path / 'yours.py', 'def score(batch): return [1.0]')}:score")
+    _, parts = make_reward(Reward(functions=(score,)))(_batch(["a"]))
+    assert list(parts) == ["reward/score_2"]  # reward/score is the sum
 
 
 @pytest.mark.parametrize(
