@@ -4,16 +4,17 @@ Every model has two trees: what is trained and what is frozen beneath it (the ba
 Hugging Face directories straight onto their shardings, or drawn at random from `model.scratch`.
 """
 
+import dataclasses
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import config, models, parallel, programs
+from rlhf_jax import config, models, ops, parallel, programs
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.table import purpose_of
@@ -22,6 +23,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import named_leaves
 from rlhf_jax.models import lora, roles
 from rlhf_jax.types import Calibration, Model, Params, join
+
+T = TypeVar("T", bound=config.Run)
 
 
 class Loaded(NamedTuple):
@@ -57,6 +60,14 @@ def dtype(name: str) -> Any:
 def root_key(run: config.Run, purpose: str) -> jax.Array:
     """The root of one kind of randomness of a run: independent of all others."""
     return jax.random.fold_in(jax.random.key(run.seed), zlib.crc32(purpose.encode()))
+
+
+def for_mesh(run: T, mesh: Mesh) -> T:
+    """The run with what its file leaves to the machine: the cache of a CPU holds the logits of 16 positions."""
+    if run.model.logprob_chunk is not None:
+        return run
+    chunk = 16 if mesh.devices.flat[0].platform == "cpu" else ops.CHUNK
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, logprob_chunk=chunk))
 
 
 def tokenizer_for(stage: str, run: config.Run) -> Tokenizer:

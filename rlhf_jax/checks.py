@@ -63,7 +63,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("beta1", "beta2"), FRACTION_BELOW_1),
     "final_fraction": FRACTION,
-    "max_new_tokens": COUNT,
+    **dict.fromkeys(("max_new_tokens", "rows"), COUNT),
     **dict.fromkeys(("min_new_tokens", "temperature", "top_k"), NOT_NEGATIVE),
     "top_p": Range(low=0, high=1, low_open=True),
     "min_p": FRACTION_BELOW_1,
@@ -207,7 +207,8 @@ def splits(config: c.Run) -> tuple[int, int]:
 
 def check_batch(config: c.Run, ways: int) -> None:
     """UserError if the batch does not divide over minibatches, micro-batches and `ways` = data x fsdp devices of the mesh."""
-    text = batch_problem(config.batch_size, *splits(config), ways) or _score_parts_problem(config, ways)
+    text = batch_problem(config.batch_size, *splits(config), ways)
+    text = text or _score_parts_problem(config, ways) or _rows_problem(config, ways)
     if text:
         raise UserError(text)
 
@@ -225,6 +226,26 @@ def _score_parts_problem(config: c.Run, ways: int) -> str | None:
     return None
 
 
+def _rows_problem(config: c.Run, ways: int) -> str | None:
+    """What is wrong with the rows that are decoded at a time, each shard of the batch having its share of them, or None."""
+    if not isinstance(config, c.OnlineRun) or config.sampling.rows is None:
+        return None
+    name, group = algorithm(config)
+    size, rows, batch = getattr(group, "group_size", 1), config.sampling.rows, config.batch_size
+    unit = size * ways
+    parts = [f"{name}.group_size {size}"] * (size > 1) + [f"{ways} devices (mesh.data x mesh.fsdp)"] * (ways > 1)
+    if batch % unit:
+        return (
+            f"batch_size is {batch}; with sampling.rows it must be a multiple of {' x '.join(parts)} = {unit}; "
+            f"nearest: {_near(batch, unit)}"
+        )
+    if rows % unit or rows > batch:
+        multiple = f" and a multiple of {' x '.join(parts)} = {unit}" if parts else ""
+        near = _near(rows, unit) if rows < batch else batch
+        return f"sampling.rows is {rows}; it must be at most batch_size = {batch}{multiple}; nearest: {near}"
+    return None
+
+
 def _batch(config: c.Run) -> Iterator[Problem]:
     ways = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
     text = batch_problem(config.batch_size, *splits(config), ways)
@@ -233,6 +254,9 @@ def _batch(config: c.Run) -> Iterator[Problem]:
     text = None if text else _score_parts_problem(config, ways)
     if text:
         yield Problem("score_parts", text)
+    text = _rows_problem(config, ways)
+    if text:
+        yield Problem("sampling.rows", text)
     if isinstance(config, c.KTORun) and config.batch_size == 1:
         text = "batch_size is 1; kto pairs every prompt with another row's answer, so it must be at least 2"
         yield Problem("batch_size", text)

@@ -56,7 +56,9 @@ class Model:
     compute_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of matrix products and activations")
     remat: Literal["none", "full", "dots", "save_attention"] = key("none", "what the backward pass recomputes")
     attention: Literal["dense", "flash"] = key("dense", "attention kernel; flash falls back to dense on CPU, and says so")
-    logprob_chunk: int = key(128, "positions whose logits exist at one time", "tokens")
+    logprob_chunk: int | None = key(
+        None, "positions whose logits exist at one time; default: 128, on a CPU 16, whose logits its cache holds", "tokens"
+    )
     offload: tuple[Literal["reference", "reward", "optimizer"], ...] = key(
         (), "models and optimiser states that wait in the host's memory while no program needs them"
     )
@@ -93,6 +95,12 @@ class Sampling:
     min_p: float = key(0.0, "drop tokens below this fraction of the likeliest one's probability")
     repetition_penalty: float = key(1.0, "divides (or multiplies) logits of tokens already in the sequence; evaluation only")
     stop: tuple[str, ...] = key((), "more strings, each one token, that end a response")
+    rows: int | None = key(
+        None,
+        "answers decoded at a time: a row that has finished takes the next prompt of the batch, so that long answers do not hold "
+        "up short ones (the samples stay the same); default: the whole batch at once",
+        "answers",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

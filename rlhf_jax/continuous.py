@@ -8,8 +8,6 @@ The cache is a ring of S = P + R slots with one cursor: every row writes the sam
 `dynamic_update_slice` a step, and a prompt that enters is rolled so that it ends just before the cursor. A row sees the slots
 that are younger than its own sequence is long, which is exactly its own sequence. Two nested loops (refill; decode until enough
 rows are free) instead of a conditional: a conditional would copy the cache.
-
-Limit: wrong on the real decoder so far, whose `decode` ignores slots behind the cursor; exact on the known-answer models only.
 """
 
 from typing import Any, NamedTuple

@@ -158,7 +158,7 @@ def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turn
         return estimate(label, (flops - before) / topology.devices / times, _scaled(found, base, times), topology.chip)
 
     whole = cost("", turns.decode)
-    if name in ("rollout", "greedy"):
+    if name in ("rollout", "answer", "greedy"):
         return whole, (cost("prefill", 0), cost("decode step", 1, less=0))
     times = turns.updates if name == "learn" else 1
     label = "{}, one step" if name == "learn" else "{}"

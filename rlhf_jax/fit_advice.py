@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf_jax import checks
+from rlhf_jax import checks, ops
 
 
 class Need(NamedTuple):
@@ -73,8 +73,9 @@ def _less_temporary(program: str, stage: str, run: Any, mesh: dict[str, int], fa
     if program in ("score", "reward"):
         yield from _multiplied("score_parts", run.score_parts, factor, rows, why)
     if program in ("score", "learn", "update", "evaluate"):
-        yield from _divided("model.logprob_chunk", run.model.logprob_chunk, min(factor, 4), 1, "logits of fewer tokens at a time")
-    if program in ("rollout", "greedy"):
+        chunk = run.model.logprob_chunk or ops.CHUNK
+        yield from _divided("model.logprob_chunk", chunk, min(factor, 4), 1, "logits of fewer tokens at a time")
+    if program in ("rollout", "answer", "greedy"):
         new = run.sampling.max_new_tokens
         yield from _divided("sampling.max_new_tokens", new, factor, 1, f"shorter key-value cache: {why}")
     yield from _divided("batch_size", run.batch_size, factor, run.batch_size // rows * minibatches * micro, why)

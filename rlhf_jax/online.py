@@ -94,7 +94,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
         session.begin(step + 1)
         began, key = time.perf_counter(), jax.random.fold_in(root, step)
         batch = setup.prompts(step)
-        prompts, prompt_tokens = setup.place(batch), int(batch.mask.sum())
+        prompts, prompt_tokens = setup.place(batch), int(batch.mask.sum()) * setup.plan.algorithm.group_size
         critic = None if state.critic is None else state.critic.params
         with recorder.phase("rollout", step + 1) as until, health.phase("rollout", setup.components):
             decoding = do["sync"](state.actor.params, frozen.actor)
@@ -217,7 +217,7 @@ def _evaluate_one(
     setup: OnlineSetup, state: RunState, session: Session, step: int, prompts: Prompts, key: jax.Array, params: Any, name: str
 ) -> dict[str, float]:
     do, frozen = setup.do, setup.frozen
-    rollout = do["rollout"](do["sync"](params, frozen.actor), prompts, key)
+    rollout = do.get("answer", do["rollout"])(do["sync"](params, frozen.actor), prompts, key)
     total = parallel.fetch(reward(setup, rollout).total)
     critic = None if state.critic is None else state.critic.params
     scored = do["score"](params, critic, frozen, rollout)

@@ -17,6 +17,7 @@ Aggregation = Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_to
 
 LOG_RATIO_CAP = 80.0  # exp(80) = 5.5e34 is still finite in float32; beyond, a ratio is a constant with gradient 0
 ZERO_PROBABILITY = -1e4  # log-probability that counts for an impossible token of the reference, nats: a KL stays finite
+CHUNK = 128  # positions whose logits exist at one time, where nothing else is asked for
 WHITEN_EPS = 1e-8  # added to the variance, as every peer does
 
 
@@ -216,9 +217,10 @@ def _positive(temperature: float | jax.Array) -> float | jax.Array:
     return temperature
 
 
-def _over_chunks(function: Callable[..., Any], chunk: int, arrays: tuple[Any, ...]) -> Any:
+def _over_chunks(function: Callable[..., Any], chunk: int | None, arrays: tuple[Any, ...]) -> Any:
     """Apply `function` to slices of axis 1, recomputed in the backward pass: at most `chunk` positions exist at one time."""
     batch, length = arrays[0].shape[:2]
+    chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk {chunk}: at least 1 token")
     size = min(chunk, length)
@@ -246,7 +248,7 @@ def token_logprobs(
     targets: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
     kept: jax.Array | None = None,
     mask: jax.Array | None = None,
     entropy: bool = False,
@@ -273,7 +275,7 @@ def token_logprobs(
 
 
 def token_correct(
-    hidden: jax.Array, unembed: Callable[[jax.Array], jax.Array], targets: jax.Array, *, chunk: int = 128
+    hidden: jax.Array, unembed: Callable[[jax.Array], jax.Array], targets: jax.Array, *, chunk: int | None = None
 ) -> jax.Array:
     """Whether each target is the likeliest token: hidden f[B, R, D], targets i32[B, R] -> bool[B, R]; chunked, no gradient."""
     chex.assert_rank([hidden, targets], [3, 2])
@@ -291,7 +293,7 @@ def token_kl(
     ref_unembed: Callable[[jax.Array], jax.Array],
     *,
     temperature: float | jax.Array = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
     kept: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:

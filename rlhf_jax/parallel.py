@@ -131,8 +131,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis split over data and fsdp."""
+def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
+    """First axis split over data and fsdp; whole on every device where `rows`, its size, is given and does not divide."""
+    if rows is not None and rows % axis_size(mesh, "batch"):
+        return replicated(mesh)
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
@@ -163,7 +165,12 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], 
         return lambda x, axes: x
 
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition(mesh, axes, x.shape)))
+        spec = partition(mesh, axes, x.shape)
+        here = jax.sharding.get_abstract_mesh()
+        if here.manual_axes:  # within `each_shard` the rows are this shard's own already
+            spec = PartitionSpec(*(None if part in (RULES["batch"], *here.manual_axes) else part for part in spec))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(here, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return constrain
 
@@ -210,6 +217,19 @@ def _gathered(mesh: Mesh, wire_dtype: Any, x: jax.Array, names: tuple[str | None
     if spec != whole:  # pinned on both sides of the gather, or the partitioner gathers before it casts
         x = jax.lax.with_sharding_constraint(x.astype(wire_dtype), NamedSharding(mesh, spec))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
+
+
+def each_shard(fn: Callable, mesh: Mesh) -> Callable:
+    """`fn(params, rows, key) -> rows`, run by every shard of the batch on rows of its own and at its own pace.
+
+    Within a shard the tensor axis is still the compiler's to split. Parameters and key are whole on every shard.
+    """
+    if axis_size(mesh, "batch") == 1:
+        return fn
+    whole, rows = PartitionSpec(), PartitionSpec(RULES["batch"])
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(whole, rows, whole), out_specs=rows, axis_names=set(RULES["batch"]), check_vma=False
+    )
 
 
 def compile_step(fn: Callable, *, in_: Any = None, out: Any = None, donate: tuple[int, ...] = ()) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from rlhf_jax import config, health, parallel, sampling, scoring
+from rlhf_jax import config, continuous, health, parallel, sampling, scoring
 from rlhf_jax.algorithms import training
 from rlhf_jax.types import (
     Calibration,
@@ -159,7 +159,7 @@ def park_frozen(frozen: Frozen, names: tuple[str, ...]) -> Frozen:
 
 
 def abstract_prompts(mesh: Mesh, rows: int, length: int) -> Prompts:
-    where = parallel.batch_sharding(mesh)
+    where = parallel.batch_sharding(mesh, rows)
     index = abstract((rows,), jnp.int32, where)
     tokens, mask = abstract((rows, length), jnp.int32, where), abstract((rows, length), jnp.bool_, where)
     return Prompts(tokens=tokens, mask=mask, index=index, sample=index)
@@ -188,6 +188,8 @@ def online_programs(
 ) -> dict[str, Program]:
     """The programs of an online run: sync, rollout, score, learn; reward with a reward model, greedy with a greedy baseline.
 
+    With several answers to a prompt, `rollout` takes each prompt once, and `answer` is the same for evaluation: one answer each.
+
     Args:
       stage: names the group of the algorithm's settings in `run`.
       prompt_length: P.
@@ -198,14 +200,16 @@ def online_programs(
     actor, settings, aside = parts.actor, getattr(run, stage), run.model.offload if parallel.can_park(mesh) else ()
     frozen = park_frozen(abstract_frozen(parts), aside)
     state = park_state(abstract_run_state(mesh, parts, *optimizers, ema=settings.ema_decay is not None), aside)
-    prompts, key = abstract_prompts(mesh, run.batch_size, prompt_length), abstract_key(mesh)
+    key, samples = abstract_key(mesh), algorithm.group_size
+    prompts = abstract_prompts(mesh, run.batch_size // samples, prompt_length)
 
     def sync(params: Params, base: Params | None) -> Params:
         return actor.model.for_decoding(join(base, params))
 
     decoding = jax.eval_shape(sync, actor.trained, actor.frozen)
     decoding = abstract_like(decoding, parallel.param_shardings(mesh, actor.model.axes(decoding), decoding, gather=("fsdp",)))
-    sample = sampling.make_sampler(actor.model, run.sampling, stop_ids=stop_ids, pad_id=pad_id)
+    make = functools.partial(make_rollout, actor.model, mesh, stop_ids=stop_ids, pad_id=pad_id)
+    sample = make(run.sampling, samples=samples)
     rollout: Rollout = abstract_like(jax.eval_shape(sample, decoding, prompts, key), rows)
     score = _score(run, algorithm, parts, settings.old_logprobs)
     critic = None if state.critic is None else state.critic.params
@@ -229,10 +233,20 @@ def online_programs(
         score_reward = scoring.make_reward_scorer(parts.reward.model, calibration)
         found["reward"] = Program(_in_parts(score_reward, run.score_parts), (frozen.reward, rollout), rows)
     if "greedy" in algorithm.needs:
-        best = dataclasses.replace(run.sampling, temperature=0.0)
-        answer = sampling.make_sampler(actor.model, best, stop_ids=stop_ids, pad_id=pad_id, collect_kept=rollout.kept is not None)
-        found["greedy"] = Program(answer, (decoding, prompts, key), rows)
+        best = make(dataclasses.replace(run.sampling, temperature=0.0), samples=samples, collect_kept=rollout.kept is not None)
+        found["greedy"] = Program(best, (decoding, prompts, key), rows)
+    if samples > 1:
+        single = abstract_prompts(mesh, run.batch_size, prompt_length)
+        found["answer"] = Program(make(run.sampling), (decoding, single, key), rows)
     return found
+
+
+def make_rollout(model: Model, mesh: Mesh, how: config.Sampling, **options: Any) -> sampling.Sample:
+    """The whole batch at once, or `sampling.rows` at a time; these are spread over the shards of the batch, each by itself."""
+    if how.rows is None:
+        return sampling.make_sampler(model, how, **options)
+    rows = how.rows // parallel.axis_size(mesh, "batch")
+    return parallel.each_shard(continuous.make_continuous_sampler(model, how, rows=rows, **options), mesh)
 
 
 def abstract_offline_state(mesh: Mesh, tx: optax.GradientTransformation, params: Params) -> OfflineState:

@@ -48,8 +48,8 @@ def make_sampler(
     """The function (params, prompts, key) -> Rollout to compile; one program for each shape of prompts.
 
     With `samples` G > 1 each prompt is prefilled once and answered G times: row b G + g of the rollout is sample g of prompt b,
-    and its key folds g in after the index (as `Prompts.sample` does where a batch repeats its prompts itself). `collect_kept`
-    None stores the kept sets exactly when a filter is on.
+    and its key folds g in after the index (`Prompts.sample` + g where a batch numbers its prompts). `collect_kept` None stores
+    the kept sets exactly when a filter is on.
     Raises UserError where the sampling keys, the stop tokens or the padding token make no sense.
     """
     check(model, sampling, stop_ids, pad_id)
@@ -80,7 +80,7 @@ def generate(
     params = model.for_decoding(params)
     width, responses = prompts.tokens.shape[1], sampling.max_new_tokens
     hidden, cache = model.prefill(params, prompts.tokens, prompts.mask, width + responses)
-    cache = repeat_cache(model, params, cache, prompts, samples)
+    cache = repeat_cache(model, params, cache, prompts, width + responses, samples)
     prompts = repeat_prompts(prompts, samples)
     last = jnp.repeat(hidden[:, -1], samples, axis=0)
     emit = make_emit(model, sampling, params, stop_ids)
@@ -217,13 +217,12 @@ def one_hot(token: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def repeat_prompts(prompts: Prompts, samples: int) -> Prompts:
-    """Every prompt `samples` times in a row, the copies numbered in `sample`."""
+    """Every prompt `samples` times in a row, the copies numbered in `sample`: from 0, or on from the number that it has."""
     if samples == 1:
         return prompts
-    if prompts.sample is not None:
-        raise UserError(f"prompts that carry sample numbers are repeated already; give samples=1, not {samples}")
     number = jnp.arange(prompts.index.shape[0] * samples, dtype=jnp.int32) % samples
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), prompts).replace(sample=number)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), prompts)
+    return repeated.replace(sample=number if repeated.sample is None else repeated.sample + number)
 
 
 def cache_shapes(model: Model, params: Params, batch: int, width: int, slots: int) -> Any:
@@ -243,14 +242,17 @@ def cache_axes(model: Model, params: Params, prompts: Prompts, slots: int) -> tu
 
     base = cache_shapes(model, params, batch, width, slots)
     rows = jax.tree.map(differing, base, cache_shapes(model, params, 2 * batch, width, slots))
-    return rows, jax.tree.map(differing, base, cache_shapes(model, params, batch, width, 2 * slots))
+    other = cache_shapes(model, params, batch, width, slots + 1)
+    if jax.tree.structure(other) != jax.tree.structure(base):  # a longer rope begins here
+        other = cache_shapes(model, params, batch, width, slots - 1)
+    return rows, jax.tree.map(differing, base, other)
 
 
-def repeat_cache(model: Model, params: Params, cache: Any, prompts: Prompts, samples: int) -> Any:
+def repeat_cache(model: Model, params: Params, cache: Any, prompts: Prompts, slots: int, samples: int) -> Any:
     """The cache of prompts, every row `samples` times: what a group shares is computed once."""
     if samples == 1:
         return cache
-    rows, _ = cache_axes(model, params, prompts, prompts.tokens.shape[1] + 1)
+    rows, _ = cache_axes(model, params, prompts, slots)
     return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else jnp.repeat(leaf, samples, axis=axis), cache, rows)
 
 

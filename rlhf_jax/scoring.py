@@ -30,7 +30,7 @@ def make_policy_apply(
     model: Model,
     *,
     temperature: float = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
     entropy: bool = False,
     kl_model: Model | None = None,
 ) -> PolicyApply:
@@ -75,7 +75,7 @@ def make_scorer(
     critic: Model | None = None,
     *,
     temperature: float = 1.0,
-    chunk: int = 128,
+    chunk: int | None = None,
     needs: Collection[str] = ("critic", "reference"),
     old_logprobs: Literal["rollout", "recompute"] = "recompute",
 ) -> Callable[[Params, Params | None, Frozen, Rollout], Scored]:
@@ -125,7 +125,7 @@ def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> 
     return score
 
 
-def make_sequence_apply(model: Model, chunk: int = 128) -> Callable[[Params, Params | None, Sequences], jax.Array]:
+def make_sequence_apply(model: Model, chunk: int | None = None) -> Callable[[Params, Params | None, Sequences], jax.Array]:
     """(params, base, sequences) -> f32[B, T], nats: log-probability of token t given those before it in its own sequence.
 
     Entry 0, the first token of every packed sequence and padding are 0: nothing predicts them.
@@ -175,7 +175,7 @@ def reference_kl(
     batch: Batch,
     *,
     temperature: float,
-    chunk: int,
+    chunk: int | None,
 ) -> jax.Array:
     """Exact KL(actor || reference) before every response token, f32[B, R], nats; `states` are the actor's."""
     reference = lax.stop_gradient(reference_params(frozen))

@@ -102,19 +102,20 @@ class OnlineSetup:
         return self.plan.tokenizer
 
     def prompts(self, step: int) -> Prompts:
-        """The prompts of a step, each `group_size` times in a row; a pure function of (seed, step)."""
-        return _repeat(self.data.batch(step), self.plan.algorithm.group_size)
+        """The prompts of a step, to be answered `group_size` times each; a pure function of (seed, step)."""
+        return _numbered(self.data.batch(step), self.plan.algorithm.group_size)
 
     def evaluation_prompts(self) -> Prompts:
-        """The fixed prompts, in the shape of a batch so that no program is compiled for them."""
-        return _repeat(self.data.eval_batch(self.settings.batch_size), 1)
+        """The fixed prompts, as many as a batch has answers, to be answered once each."""
+        return _numbered(self.data.eval_batch(self.settings.batch_size), 1)
 
     def ptx_batch(self, step: int) -> Sequences | None:
         return None if self.plan.ptx is None else self.place(self.plan.ptx.batch(step))
 
     def place(self, batch: Any) -> Any:
         """Host arrays with a leading batch axis -> the devices."""
-        return parallel.place(batch, parallel.batch_sharding(self.plan.mesh))
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        return parallel.place(batch, parallel.batch_sharding(self.plan.mesh, rows))
 
     def scalar(self, value: float) -> jax.Array:
         return parallel.place(np.float32(value), parallel.replicated(self.plan.mesh))
@@ -162,6 +163,7 @@ class OnlineSetup:
 def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
     """Read and check everything that is cheap: mesh, algorithm, tokenizer, data, reward functions."""
     mesh = parallel.make_mesh(settings.mesh)
+    settings = build.for_mesh(settings, mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     algorithm = build.algorithm(stage, settings)
     tokenizer = build.tokenizer_for(stage, settings)
@@ -292,12 +294,9 @@ def rewards_of(settings: config.OnlineRun, tokenizer: Tokenizer) -> tuple[HostRe
     return host, truth
 
 
-def _repeat(prompts: Prompts, times: int) -> Prompts:
-    """Each prompt `times` in a row, its answers numbered; a row that a batch holds twice (two epochs meet) counts on."""
-    first = occurrences(np.asarray(prompts.index)) * times
-    repeated = jax.tree.map(lambda x: np.repeat(np.asarray(x), times, axis=0), prompts)
-    numbers = np.repeat(first, times) + np.arange(len(first) * times, dtype=np.int32) % times
-    return repeated.replace(sample=numbers.astype(np.int32))
+def _numbered(prompts: Prompts, times: int) -> Prompts:
+    """The number of each prompt's first answer; a row that a batch holds twice (two epochs meet) counts on."""
+    return prompts.replace(sample=occurrences(np.asarray(prompts.index)) * np.int32(times))
 
 
 def occurrences(index: np.ndarray) -> np.ndarray:
@@ -381,6 +380,7 @@ HEADS = {"reward": "score"}  # every other offline stage trains the language mod
 def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     """Read and check mesh, tokenizer and data."""
     mesh = parallel.make_mesh(settings.mesh)
+    settings = build.for_mesh(settings, mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     tokenizer = build.tokenizer_for(stage, settings)
     makers: dict[str, Callable[..., Any]] = {"sft": make_sft_data, "labels": make_labelled_data}
@@ -433,6 +433,7 @@ def abstract_spec(settings: config.Model, path: str | None) -> models.Spec:
 
 def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, programs.Program], dict[str, Any]]:
     """Programs of a run, and by name what stays in memory while it runs; nothing is read but config.json files."""
+    settings = build.for_mesh(settings, mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     path, model = settings.model.path, settings.model
 

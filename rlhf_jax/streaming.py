@@ -127,7 +127,7 @@ def make_start(
         prompt = sampling.started(prompt)
         width = prompt.tokens.shape[1]
         hidden, cache = model.prefill(params, prompt.tokens, prompt.mask, slots)
-        cache = sampling.repeat_cache(model, params, cache, prompt, samples)
+        cache = sampling.repeat_cache(model, params, cache, prompt, slots, samples)
         rows = sampling.repeat_prompts(prompt, samples)
         keys = sampling.row_keys(key, rows)
         token, logprob, best = pick(model, params, jnp.repeat(hidden[:, -1], samples, axis=0), keys, jnp.int32(0), dial, top)

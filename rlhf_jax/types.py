@@ -35,7 +35,7 @@ class Prompts(Pytree):
     tokens: jax.Array  # i32[B, P], left-padded
     mask: jax.Array  # bool[B, P]
     index: jax.Array  # i32[B], row of the data set: finds the reward's columns, seeds the row's random key
-    sample: jax.Array | None = None  # i32[B], number of the sample among those of the same prompt, part of the seed too
+    sample: jax.Array | None = None  # i32[B], number of the (first) sample among those of the same prompt, part of the seed too
 
 
 class Rollout(Pytree):
@@ -165,7 +165,7 @@ class Model:
     prefill: Callable[..., tuple[jax.Array, Any]]  # (params, tokens[B,P], mask[B,P], slots) -> hidden[B,P,D], cache
     decode: Callable[
         ..., tuple[jax.Array, Any]
-    ]  # (params, cache, token[B], position[B], slot[], valid[B,S]) -> hidden[B,D], cache
+    ]  # (params, cache, token[B], position[B], slot[], valid[B,S]) -> hidden[B,D], cache; valid: slots of the row, in any order
     for_decoding: Callable[[Params], Params] = lambda params: params  # layers unstacked, cast: what prefill and decode take
     axes: Callable[[Params], Any] = lambda params: None  # logical axis names of every parameter, same tree
     by_rows: Callable[..., Any] = (  # (fn, trees of params, *rows) -> fn(*what `logits` reads of each tree, *rows)

@@ -239,6 +239,11 @@ def test_size_depth_and_aliases_are_bounded(text, message):
         (["ppo.gamma=1.5"], "override 'ppo.gamma=1.5': ppo.gamma is 1.5; it must be at least 0 and at most 1"),
         (["sampling.top_p=0"], "sampling.top_p is 0; it must be above 0 and at most 1"),
         (["sampling.temperature=0"], "sampling.temperature is 0; ppo needs samples, so it must be above 0"),
+        (["sampling.rows=128"], "sampling.rows is 128; it must be at most batch_size = 64; nearest: 64"),
+        (
+            ["sampling.rows=4", "mesh.data=2", "mesh.fsdp=4"],
+            "at most batch_size = 64 and a multiple of 8 devices (mesh.data x mesh.fsdp) = 8; nearest: 8",
+        ),
         (["sampling.min_new_tokens=65"], "sampling.min_new_tokens is 65; it must be at most max_new_tokens = 64"),
         (["sampling.repetition_penalty=1.1"], "in training it must be 1"),
         (["ppo.dual_clip=1"], "ppo.dual_clip is 1; it must be above 1"),
@@ -335,6 +340,12 @@ def test_defaults_are_in_range():
     [
         ("grpo", ["grpo.group_size=5"], "grpo.group_size is 5; it must divide batch_size = 64; nearest: 4 or 8"),
         ("grpo", ["grpo.group_size=1"], "grpo.group_size is 1; it must be at least 2"),
+        ("grpo", ["sampling.rows=20"], "a multiple of grpo.group_size 8 = 8; nearest: 16 or 24"),
+        (
+            "grpo",
+            ["sampling.rows=16", "batch_size=24", "mesh.fsdp=2"],
+            "batch_size is 24; with sampling.rows it must be a multiple of grpo.group_size 8 x 2 devices",
+        ),
         ("grpo", ["grpo.minibatches=5"], "batch_size is 64; it must be a multiple of 5 minibatches"),
         ("grpo", ["grpo.overlong_buffer=65"], "grpo.overlong_buffer is 65; it must be at most max_new_tokens = 64"),
         (

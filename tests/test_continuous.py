@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import config, continuous, sampling, testing
+from rlhf_jax import build, config, continuous, hlo, models, parallel, programs, sampling, testing
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Prompts, Rollout
 
@@ -16,6 +16,7 @@ V, DECAY = 7, 0.6
 MODEL = testing.markov_model(V, decay=DECAY)  # depends on every token before and its distance: a wrong slot shows
 PARAMS = MODEL.init(jax.random.key(0))
 STOPS = {"stop_ids": (1, 2), "pad_id": 0}
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiled once and run once
 
 
 def both(
@@ -25,8 +26,8 @@ def both(
     how = config.Sampling(**{"max_new_tokens": 9} | keys)
     plain = functools.partial(sampling.generate, model, how, samples=samples, **STOPS)
     refilled = functools.partial(continuous.generate, model, how, rows=rows, refill=refill, samples=samples, **STOPS)
-    one, _ = jax.jit(plain)(params, prompts, jax.random.key(5))
-    other, steps, refills = jax.jit(refilled)(params, prompts, jax.random.key(5))
+    one, _ = jax.jit(plain, compiler_options=FAST)(params, prompts, jax.random.key(5))
+    other, steps, refills = jax.jit(refilled, compiler_options=FAST)(params, prompts, jax.random.key(5))
     return one, other, int(steps), int(refills)
 
 
@@ -55,6 +56,51 @@ def test_the_same_answers_token_for_token(keys: dict, rows: int, refill: int, sa
     assert_same(one, other)
     assert refills == -(-13 * samples // refill)
     assert one.tokens.shape[0] == 13 * samples
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA = SMALL | {"model_type": "llama", "intermediate_size": 48, "num_key_value_heads": 2}
+GEMMA = LLAMA | {"model_type": "gemma2", "head_dim": 8, "sliding_window": 4}
+DECODERS = {
+    "grouped heads": LLAMA,
+    "windows, caps": GEMMA,
+    "linear position bias": SMALL | {"model_type": "bloom", "n_layer": 1, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_same_answers_from_the_real_decoder(name: str):
+    """5 + 9 slots in a ring: rows refilled late have wrapped around it."""
+    model = models.make_model(models.spec_of(DECODERS[name]))
+    params = model.init(jax.random.key(1))
+    params |= {"embed": jax.tree.map(lambda leaf: 20 * leaf, params["embed"])}
+    one, other, steps, _ = both(model, params, testing.random_prompts(1, 11, 5, 64), rows=4, refill=2, samples=2)
+    assert steps > 5 + 9
+    assert one.tokens[:, 5:].std() > 5  # the answers are no constants
+    assert_same(one, other)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_every_shard_of_the_batch_answers_its_own_prompts(shape: tuple[int, int, int]):
+    mesh = parallel.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    settings = config.Model(scratch=testing.tiny_scratch())
+    model = build.make_model(settings, models.scratch_spec(testing.tiny_scratch(), 64), mesh)
+    params = model.init(jax.random.key(1))
+    params |= {"embed": jax.tree.map(lambda leaf: 20 * leaf, params["embed"])}
+    prompts = testing.random_prompts(1, 16, 5, 64)
+    alone = models.make_model(models.scratch_spec(testing.tiny_scratch(), 64))
+    plain = functools.partial(sampling.generate, alone, config.Sampling(max_new_tokens=9), samples=2, **STOPS)
+    one, _ = jax.jit(plain, compiler_options=FAST)(params, prompts, jax.random.key(5))
+    decoding = alone.for_decoding(params)
+    where = parallel.param_shardings(mesh, model.axes(decoding), decoding, gather=("fsdp",))
+    rows = parallel.batch_sharding(mesh)
+    sample = programs.make_rollout(model, mesh, config.Sampling(max_new_tokens=9, rows=16), samples=2, **STOPS)
+    step = jax.jit(sample, out_shardings=rows, compiler_options=FAST)
+    args = parallel.place(decoding, where), parallel.place(prompts, rows), jax.random.key(5)
+    assert_same(one, step(*args))
+    if shape[2] == 1:  # a shard waits for no other
+        assert not hlo.report(step.lower(*args).compile().as_text()).collectives
 
 
 def test_one_token_each():

@@ -203,7 +203,7 @@ def test_nothing_that_is_read_is_run():
     ]
     found = {str(path.relative_to(ROOT)): list(dangers(tree(path))) for path in (*FILES, *(ROOT / "scripts").glob("*.py"))}
     found = {path: names for path, names in found.items() if names}
-    assert found == {"scripts/bench_rollout.py": ["torch"]}  # the peer it is compared with
+    assert found == {}  # peers of the benchmark run in scripts/peers, in environments of their own
 
 
 def names_read(module: ast.Module) -> Iterator[str]:

@@ -15,7 +15,8 @@ import pytest
 from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import lora
+from rlhf_jax.models import decoding, lora
+from rlhf_jax.types import Prompts
 
 TINY = config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, max_length=64)
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, schedule="constant", eps=1e-8)
@@ -216,6 +217,22 @@ def test_one_device_and_eight_agree(
     assert answers[0] == answers[1]
 
 
+def test_few_rows_at_a_time_change_no_metric(policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path) -> None:
+    few = config.Sampling(max_new_tokens=12, rows=8)
+    out = online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final", sampling=few))
+    for name in ("reward/score", "eval/score"):
+        for one, other in zip(rows_of(policy[0], name), rows_of(out, name), strict=True):
+            for key in [key for key in one if not key.startswith(("stage", "time", "throughput/", "memory/"))]:
+                assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), (one["step"], key)
+
+
+def test_the_answers_to_a_prompt_are_numbered_on() -> None:
+    """Row 5 stands in the batch three times, where two epochs meet: its twelve answers have twelve keys."""
+    index = np.asarray([5, 3, 5, 5], np.int32)
+    prompts = Prompts(tokens=np.zeros((4, 1), np.int32), mask=np.ones((4, 1), bool), index=index)
+    np.testing.assert_array_equal(setups._numbered(prompts, 4).sample, [0, 0, 4, 8])
+
+
 def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_path: Path) -> None:
     algorithm = config.PPO(
         epochs=1, ptx_coef=0.5, ema_decay=0.9, adaptive_kl=config.AdaptiveKL(target=0.1, horizon=100.0), kl_estimator="exact"
@@ -250,6 +267,9 @@ def test_grpo_runs_through_the_same_loop_without_a_critic_on_prompts_of_two_widt
     made: list[setups.OnlineSetup] = []
     set_up = setups.set_up_online
     monkeypatch.setattr(setups, "set_up_online", lambda plan: made.append(set_up(plan)) or made[0])
+    read: list[int] = []  # prompts of every prefill that is traced
+    prefill = decoding.prefill
+    monkeypatch.setattr(decoding, "prefill", lambda d, p, tokens, *rest: read.append(len(tokens)) or prefill(d, p, tokens, *rest))
     settings = config.GRPORun(
         out=str(tmp_path / "grpo"),
         steps=3,
@@ -268,13 +288,14 @@ def test_grpo_runs_through_the_same_loop_without_a_critic_on_prompts_of_two_widt
     assert len(rows) == 3
     assert rows[0]["rollout/logprob_gap_max_nats"] < 1e-4  # with kept sets, too
     assert not (out / "final-critic").exists()
+    assert {4, 16} <= set(read)  # a group's prompt once; the evaluation's 16 prompts once each
     assert len({row["data/prompt_padded_fraction"] > 0.2 for row in rows}) == 2, rows
     for row in rows:
         width = 8 if row["data/prompt_padded_fraction"] > 0.2 else 16
         real = width * (1 - row["data/prompt_padded_fraction"]) + row["response/length_tokens"]
         assert row["data/padded_fraction"] == pytest.approx(1 - real / (width + 12), abs=1e-4)
     compiled = {name: step._cache_size() for name, step in made[0].do.items()}
-    assert compiled == {"sync": 1, "rollout": 2, "score": 2, "learn": 2}  # 7 of at most 8
+    assert compiled == {"sync": 1, "rollout": 2, "answer": 1, "score": 2, "learn": 2}  # 8 of at most 8
 
 
 def test_a_trace_of_one_step_is_written_and_nothing_else_changes(base: Path, tmp_path: Path) -> None:

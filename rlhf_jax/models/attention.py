@@ -37,6 +37,20 @@ def make_dense(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
     return apply
 
 
+def make_cached(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
+    """As `make_dense` for one query a row, with keys and values as the cache holds them (see `attend_cached`)."""
+    visible = tuple(within_window(keys, window)[:, 0] for window in windows)
+    bias = None
+    if spec.positions == "alibi":
+        bias = position_bias(keys, alibi_slopes(spec.heads) * np.float32(spec.alibi_scale))[:, :, 0]
+
+    def apply(q: jax.Array, k: jax.Array, v: jax.Array, window: Any, scale: Any, sinks: jax.Array | None) -> jax.Array:
+        seen = pick(visible, window)
+        return attend_cached(q[:, 0], k, v, seen, scale=scale, cap=spec.attention_cap, bias=bias, sinks=sinks)[:, None]
+
+    return apply
+
+
 def pick(choices: tuple[jax.Array, ...], index: Any) -> jax.Array:
     """One of a few arrays, by a Python number or a traced one."""
     if len(choices) == 1:
@@ -119,3 +133,40 @@ def attend(
         weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(rows, queries, heads, head_dim)
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    *,
+    scale: jax.Array | float,
+    cap: float | None = None,
+    bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """`attend` for one query a row, [B, heads, head_dim], with keys and values laid out as its two products read them.
+
+    A product with the query's length of 1 among its axes, or over keys laid out [B, S, kv_heads, head_dim], copies the whole
+    cache at every layer of every step: on a CPU 7 times the time at S = 128, 4 times at S = 320.
+
+    Args:
+        q: [B, heads, head_dim]; k: [B, kv_heads, head_dim, S]; v: [B, kv_heads, S, head_dim].
+        visible: bool[B, S]; bias: f32[B, heads, S]; scale, cap, sinks as in `attend`.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads, slots = v.shape[1:3]
+    q = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    if bias is not None:
+        scores += bias.reshape(rows, kv_heads, heads // kv_heads, slots)
+    scores = jnp.where(visible[:, None, None], scores, _LOW)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, -1)
+    else:
+        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v).reshape(rows, heads, head_dim)

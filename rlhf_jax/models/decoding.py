@@ -12,15 +12,15 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import attention as attn
 from rlhf_jax.models import rope as ropes
-from rlhf_jax.models.stack import Decoder, block, embed, finish, hidden, kinds, positions_of, share, whole
+from rlhf_jax.models.stack import Decoder, block, distinct, embed, finish, hidden, kinds, positions_of, share, whole
 from rlhf_jax.types import Params
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, one entry a layer."""
 
-    keys: list[jax.Array]  # [B, S, kv_heads, head_dim]
-    values: list[jax.Array]
+    keys: list[jax.Array]  # [B, kv_heads, head_dim, S]
+    values: list[jax.Array]  # [B, kv_heads, S, head_dim]
     positions: jax.Array  # i32[B, S]
 
 
@@ -47,8 +47,8 @@ def prefill(d: Decoder, params: Params, tokens: jax.Array, mask: jax.Array, slot
     keys, values = [], []
     for p, kind in zip(params["layers"], kinds(d.spec), strict=True):
         x, (k, v) = block(d, p, x, shared, kind, whole)
-        keys.append(jnp.pad(k, (*room, (0, 0), (0, 0))))
-        values.append(jnp.pad(v, (*room, (0, 0), (0, 0))))
+        keys.append(jnp.pad(k, (*room, (0, 0), (0, 0))).transpose(_KEYS))
+        values.append(jnp.pad(v, (*room, (0, 0), (0, 0))).transpose(_VALUES))
     return finish(d, params, x), Cache(keys, values, jnp.pad(positions, room))
 
 
@@ -59,17 +59,18 @@ def decode(
 
     Args:
         token, position: i32[B]; slot: i32[], where the cache is written, for all rows alike.
-        valid: bool[B, S], slots that hold tokens of the row; later slots are ignored and `slot` itself is always seen.
+        valid: bool[B, S], slots that hold tokens of the row, in any order (a ring, for one); `slot` itself is always seen.
     """
     chex.assert_rank([token, position, valid], [1, 1, 2])
-    order = jnp.arange(valid.shape[1])[None]
-    seen = (valid & (order < slot)) | (order == slot)
+    seen = valid | (jnp.arange(valid.shape[1])[None] == slot)
     positions = jax.lax.dynamic_update_slice(cache.positions, position[:, None].astype(cache.positions.dtype), (0, slot))
     if isinstance(cache, Replay):
         tokens = jax.lax.dynamic_update_slice(cache.tokens, token[:, None].astype(cache.tokens.dtype), (0, slot))
-        x = hidden(d, params, tokens, seen, positions=jnp.where(seen, positions, 0))
-        return jax.lax.dynamic_index_in_dim(x, slot, 1, keepdims=False), Replay(tokens, positions)
-    shared = share(d, attn.Keys(position[:, None], positions, seen[:, None]), bound=valid.shape[1])
+        place = jnp.argsort(jnp.where(seen, positions, valid.shape[1]), 1)
+        x = hidden(d, params, jnp.take_along_axis(tokens, place, 1), jnp.take_along_axis(seen, place, 1))
+        return jnp.take_along_axis(x, position[:, None, None], 1)[:, 0], Replay(tokens, positions)
+    past = attn.Keys(position[:, None], positions, seen[:, None])
+    shared = share(d, past, bound=valid.shape[1])._replace(attend=attn.make_cached(d.spec, past, distinct(d.spec)[1]))
     x = embed(d, params, token[:, None], position[:, None])
     keys, values = [], []
     for p, kind, k, v in zip(params["layers"], kinds(d.spec), cache.keys, cache.values, strict=True):
@@ -79,7 +80,16 @@ def decode(
     return finish(d, params, x)[:, 0], Cache(keys, values, positions)
 
 
+_KEYS, _VALUES = (0, 2, 3, 1), (0, 2, 1, 3)  # from [B, S, kv_heads, head_dim]
+
+
 def _into(keys: jax.Array, values: jax.Array, slot: jax.Array) -> Callable:
     """Writes the new key and value into the cache."""
-    at = (0, slot, 0, 0)
-    return lambda k, v: (jax.lax.dynamic_update_slice(keys, k, at), jax.lax.dynamic_update_slice(values, v, at))
+
+    def write(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (
+            jax.lax.dynamic_update_slice(keys, k.transpose(_KEYS), (0, 0, 0, slot)),
+            jax.lax.dynamic_update_slice(values, v.transpose(_VALUES), (0, 0, slot, 0)),
+        )
+
+    return write

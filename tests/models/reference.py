@@ -80,10 +80,12 @@ def greedy(model: Any, params: Any, ids: jax.Array, mask: jax.Array, number: int
     last = width - 1 - jnp.argmax(mask[:, ::-1], 1)
     best = jnp.argmax(model.logits(params, jnp.take_along_axis(states, last[:, None, None], 1)[:, 0]), -1)
     lengths = mask.sum(1)
-    valid = jnp.pad(mask, ((0, 0), (0, number))) | (jnp.arange(slots) >= width)[None]
+    order = jnp.arange(slots)[None]
+    in_prompt = jnp.pad(mask, ((0, 0), (0, number)))
 
     def step(carry: tuple, t: jax.Array) -> tuple[tuple, jax.Array]:
         cache, token = carry
+        valid = in_prompt | ((order >= width) & (order <= width + t))
         state, cache = model.decode(params, cache, token, lengths + t, width + t, valid)
         return (cache, jnp.argmax(model.logits(params, state), -1)), token
 

@@ -92,11 +92,32 @@ def test_decoding_repeats_the_forward_pass(params):
         decoding = model.for_decoding(own)
         states, cache = model.prefill(decoding, prompt, prompt_mask, 14)
         np.testing.assert_allclose(states[:, :5], whole[:, :5], atol=1e-5, rtol=0)
-        valid = np.pad(prompt_mask, ((0, 0), (0, 7))) | (np.arange(14) >= 7)[None]
+        in_prompt, order = np.pad(prompt_mask, ((0, 0), (0, 7))), np.arange(14)[None]
         step = jax.jit(model.decode)
         for t in range(7):
+            valid = in_prompt | ((order >= 7) & (order < 7 + t))
             state, cache = step(decoding, cache, ids[:, 5 + t], jnp.full(2, 5 + t), 7 + t, valid)
             np.testing.assert_allclose(state, whole[:, 5 + t], atol=1e-5, rtol=0)
+
+
+LONGER = WINDOWED | {"model_type": "llama", "max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("config", [WINDOWED, LONGER], ids=["windows", "every step reads all again"])
+def test_slots_may_stand_in_any_order(config):
+    """A cache of 14 slots turned by 5 is the same cache."""
+    model = make_model(spec_of(config))
+    params = model.for_decoding(model.init(jax.random.key(1)))
+    ids, mask = batch(width=9)
+    mask[1, :2] = False
+    _, cache = model.prefill(params, ids, mask, 14)
+    turned = jax.tree.map(lambda leaf: jnp.roll(leaf, 5, leaf.shape.index(14)), cache)
+    step = jax.jit(model.decode, compiler_options=ref.FAST)
+    for t in range(3):
+        valid, position = np.pad(mask, ((0, 0), (0, 5))) | ((np.arange(14) >= 9) & (np.arange(14) < 9 + t)), mask.sum(1) + t
+        plain, cache = step(params, cache, ids[:, t], position, 9 + t, valid)
+        other, turned = step(params, turned, ids[:, t], position, (9 + t + 5) % 14, np.roll(valid, 5, 1))
+        np.testing.assert_allclose(other, plain, atol=2e-6, rtol=0)
 
 
 def test_a_row_of_padding_alone_harms_no_gradient(params):

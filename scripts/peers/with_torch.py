@@ -1,0 +1,79 @@
+"""`transformers` and PyTorch: generation (eager, static cache, compiled), scoring and one PPO update, eager.
+
+python with_torch.py DIRECTORY [--compiled]
+"""
+
+import sys
+
+import torch
+from serve import serve, sizes
+from transformers import AutoConfig, AutoModelForCausalLM
+
+directory = sys.argv[1]
+shape = sizes(directory)
+B, P, R = shape["batch"], shape["prompt"], shape["response"]
+config = AutoConfig.for_model(**shape["config"])
+torch.manual_seed(0)
+actor = AutoModelForCausalLM.from_config(config).eval()
+actor.generation_config.eos_token_id = None  # nothing stops
+tokens = torch.randint(3, config.vocab_size, (B, P + R))
+mask = torch.ones_like(tokens)
+old, advantages = torch.randn(B, R) - 9, torch.randn(B, R)
+works = {}
+
+
+def generate(**how: object) -> object:
+    """Plain sampling of R tokens, whatever is sampled."""
+    with torch.inference_mode():
+        return actor.generate(
+            tokens[:, :P],
+            attention_mask=mask[:, :P],
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=R,
+            pad_token_id=0,
+            **how,
+        )
+
+
+def logprobs(model: torch.nn.Module) -> torch.Tensor:
+    """Of the response's tokens; the head is applied to their positions alone."""
+    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits, -1).gather(-1, tokens[:, P:, None])[..., 0]
+
+
+works["rollout eager"] = generate
+works["rollout static cache"] = lambda: generate(cache_implementation="static", disable_compile=True)
+if "--compiled" in sys.argv:
+    works["rollout compiled"] = lambda: generate(cache_implementation="static")
+
+reference = AutoModelForCausalLM.from_config(config).eval()
+
+
+def score() -> object:
+    with torch.inference_mode():
+        return logprobs(actor), logprobs(reference)
+
+
+works["score"] = score
+if shape["update"]:
+    critic = AutoModelForCausalLM.from_config(config).model
+    head = torch.nn.Linear(config.hidden_size, 1, bias=False)
+    actor_step = torch.optim.AdamW(actor.parameters(), lr=1e-6, fused=True)
+    critic_step = torch.optim.AdamW([*critic.parameters(), *head.parameters()], lr=1e-6, fused=True)
+
+    def update() -> None:
+        ratio = torch.exp(logprobs(actor) - old)
+        torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+        actor_step.step()
+        actor_step.zero_grad()
+        states = critic(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        values = head(states[:, P - 1 : -1])[..., 0]
+        (0.5 * (values - advantages).square()).mean().backward()
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        critic_step.step()
+        critic_step.zero_grad()
+
+    works["update"] = update
+serve(works)
