@@ -15,8 +15,6 @@ MARK = "<!-- written by scripts/fit_all.py -->"
 
 
 def main(words: list[str]) -> None:
-    head, _, below = PAGE.read_text(encoding="utf-8").partition(MARK)
-    sections = dict(re.findall(r"^## configs/(\S+)\n\n(.*?)(?=^## |\Z)", below, re.MULTILINE | re.DOTALL))
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         topology = re.search(r"--topology (\S+)", path.read_text(encoding="utf-8").partition("\n")[0])
         if topology is None or (words and not any(word in path.name for word in words)):
@@ -25,9 +23,16 @@ def main(words: list[str]) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode > 1:
             sys.exit(f"{' '.join(command[2:])}\n{done.stderr}")
-        sections[path.name] = f"{done.stdout.strip()}\n\n"
-        text = "".join(f"## configs/{name}\n\n{sections[name]}" for name in sorted(sections))
-        PAGE.write_text(f"{head}{MARK}\n\n{text.rstrip()}\n", encoding="utf-8")
+        write(path.name, done.stdout.strip())
+
+
+def write(name: str, table: str) -> None:
+    """Puts one table into the page and leaves the rest as it is now, whatever was written meanwhile."""
+    head, _, below = PAGE.read_text(encoding="utf-8").partition(MARK)
+    sections = dict(re.findall(r"^## configs/(\S+)\n\n(.*?)(?=^## |\Z)", below, re.MULTILINE | re.DOTALL))
+    sections[name] = table
+    text = "".join(f"## configs/{each}\n\n{sections[each].rstrip()}\n\n" for each in sorted(sections))
+    PAGE.write_text(f"{head}{MARK}\n\n{text.rstrip()}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
