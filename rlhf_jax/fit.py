@@ -141,9 +141,9 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
     return row(memory.temp_size_in_bytes / GIB, peak, cost, parts)
 
 
-# What a program finds gone: the last copy of the weights for decoding is dropped before the next one is made. While the devices
-# are behind the host it still lies there during scoring and update, so it is counted there.
-_ABSENT = {"sync": ("decoding copy",)}
+# What a program finds gone. The last copy of the weights for decoding is dropped before the next one is made, and an update is
+# not handed over before the rollout that read the copy is finished (`online.train`); scoring is, and finds the copy there.
+_ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy",)}
 
 
 def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turns: Turns) -> tuple[Cost, tuple[Cost, ...]]:

@@ -31,7 +31,8 @@ def write(name: str, table: str) -> None:
     head, _, below = PAGE.read_text(encoding="utf-8").partition(MARK)
     sections = dict(re.findall(r"^## configs/(\S+)\n\n(.*?)(?=^## |\Z)", below, re.MULTILINE | re.DOTALL))
     sections[name] = table
-    text = "".join(f"## configs/{each}\n\n{sections[each].rstrip()}\n\n" for each in sorted(sections))
+    there = sorted(each for each in sections if (ROOT / "configs" / each).is_file())
+    text = "".join(f"## configs/{each}\n\n{sections[each].rstrip()}\n\n" for each in there)
     PAGE.write_text(f"{head}{MARK}\n\n{text.rstrip()}\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,13 @@ def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
 ) -> None:
     order: list[str] = []
     copies: list[weakref.ref] = []  # of the decoding copy
-    set_up = setups.set_up_online
+    waited: list[int] = []  # for which arrays the loop itself did
+    set_up, wait = setups.set_up_online, jax.block_until_ready
+
+    def waiting(array: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            waited.append(id(array))
+        return wait(array)
 
     def told(name: str, call: Any) -> Any:
         def wrapped(*args: Any) -> Any:
@@ -327,6 +334,7 @@ def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
             if name == "sync":
                 copies.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(found))
             if name == "learn":
+                assert id(args[2].finished) in waited, "until then the copy's memory is not free"
                 assert [leaf for leaf in jax.tree.leaves(args[0]) if not leaf.is_deleted()] == []  # all of it was donated
                 assert kinds(found[0].actor.opt_state) == kinds(found[0].critic.opt_state) == {"pinned_host"}
                 assert kinds(found[0].actor.params) == {"device"}
@@ -344,6 +352,7 @@ def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
         return dataclasses.replace(made, do=do, host_reward=told("host", made.host_reward))
 
     monkeypatch.setattr(setups, "set_up_online", wrapped)
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
     model = config.Model(path=str(base / "sft" / "final"), offload=("reference", "optimizer"))
     settings = ppo_run(tmp_path / "ppo", base / "sft" / "final", None, steps=1, log=config.Log(eval_every=0), model=model)
     online.run("ppo", settings)
