@@ -111,7 +111,7 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
                 scored = scored.replace(greedy_score=reward(setup, greedy).total)
             until(scores.total)
         with recorder.phase("update", step + 1) as until:
-            jax.block_until_ready(rollout.finished)  # or the decoding copy's memory is not free for the update
+            jax.block_until_ready((rollout, greedy))  # or the decoding copy's memory is not free for the update
             state, metrics = do["learn"](state, frozen, rollout, scores.total, scored, key, setup.ptx_batch(step))
             until(metrics)
             if pending is not None:

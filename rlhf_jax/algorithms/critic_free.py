@@ -27,7 +27,7 @@ STD_EPS = 1e-6  # added to the deviation, as verl and tunix do (TRL: 1e-4, OpenR
 
 
 def in_groups(x: jax.Array, group_size: int) -> jax.Array:
-    """[B, ...] -> [B / G, G, ...]: rows of one prompt are consecutive. ValueError if G does not divide B."""
+    """[B, ...] -> [B / G, G, ...]: rows of one prompt are consecutive. UserError if G does not divide B."""
     if group_size < 1 or x.shape[0] % group_size:
         raise UserError(
             f"group_size is {group_size} and the batch has {x.shape[0]} answers; group_size must divide it: "

@@ -123,7 +123,7 @@ def router_margin(model: Any, tokens: np.ndarray, mask: np.ndarray) -> float:
     forward(model, tokens, mask)
     for hook in hooks:
         hook.remove()
-    return min(gaps)
+    return min(gaps, default=float("inf"))
 
 
 def score(directory: Path, model: Any, tokens: np.ndarray, mask: np.ndarray, eager: bool, seed: int) -> np.ndarray:
