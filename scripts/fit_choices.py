@@ -41,15 +41,19 @@ def main(path: str, topology: str, program: str, *rest: str) -> None:
     from rlhf_jax import fit
 
     stage = config_file.stage_of(Path(path))
-    print("| variant | temporaries GiB | peak GiB | all-gather GiB | all-reduce GiB | est. s | compile s |")
-    print("|" + "---|" * 7)
+    print(
+        "| variant | temporaries GiB | peak GiB | all-gather GiB | all-reduce GiB | est. s | est. s of parts | TFLOP | compile s |"
+    )
+    print("|" + "---|" * 9)
     for variant in variants:
         with chosen(variant) as overrides:
             run = config_file.load(Path(path), [*common, *overrides], config.STAGES[stage])
             (row,) = fit.fit(stage, run, machine, only=(program,)).rows
         moved = [row.cost.collectives.get(kind, (0, 0.0))[1] / fit.GIB for kind in ("all-gather", "all-reduce")]
-        figures = [row.temporaries_gib, row.peak_gib, *moved, row.cost.seconds, row.compile_s]
-        print(f"| {variant} | " + " | ".join(f"{x:.3g}" for x in figures) + " |", flush=True)
+        parts = ", ".join(f"{part.name} {part.seconds:.3g}" for part in row.parts)
+        figures = [f"{x:.3g}" for x in (row.temporaries_gib, row.peak_gib, *moved, row.cost.seconds)]
+        figures += [parts, f"{row.cost.flops / 1e12:.3g}", f"{row.compile_s:.0f}"]
+        print(f"| {variant} | " + " | ".join(figures) + " |", flush=True)
 
 
 if __name__ == "__main__":
