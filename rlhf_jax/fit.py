@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rlhf_jax import fit_advice, hlo, parallel, programs, setups, topologies
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit_advice import Advice
 from rlhf_jax.fit_flops import count_flops
+from rlhf_jax.types import OfflineState, TrainState
 
 GIB = 2**30
 SCOPES = {"score": ("actor", "reference", "critic"), "learn": ("actor", "critic")}  # jax.named_scope in scoring and update
@@ -85,12 +87,40 @@ def fit(stage: str, run: Any, topology: topologies.Topology, *, only: tuple[str,
     turns = _turns(stage, run)
     rows = [measure(name, step, topology, resident, turns) for name, step in steps.items() if not only or name in only]
     sizes = {name: tree_bytes(tree) / GIB for name, tree in resident.items()}
-    worst = max(rows, key=lambda row: row.peak_gib / row.capacity_gib)
     advice = []
-    if not worst.fits:
-        need = fit_advice.Need(worst.program, worst.peak_gib - worst.temporaries_gib, worst.temporaries_gib, worst.capacity_gib)
-        advice = fit_advice.advise(need, stage, run, dict(mesh.shape))
+    if not all(row.fits for row in rows):
+        needs = [_need(row, resident) for row in rows]
+        advice = fit_advice.advise(needs, stage, run, dict(mesh.shape), _shape(run, mesh))
     return Verdict(topology, dict(mesh.shape), rows, sizes, advice)
+
+
+def _need(row: Row, resident: dict[str, Any]) -> fit_advice.Need:
+    """The parts of a program's peak."""
+    there = {name: tree for name, tree in resident.items() if name not in _ABSENT.get(row.program, ())}
+    states = [tree.trained if isinstance(tree, OfflineState) else tree for tree in there.values()]
+    states = [state for state in states if isinstance(state, TrainState)]
+    parts = {name: tree_bytes(there.get(name)) / GIB for name in ("reference", "reward", "base")}
+    parts["copy"] = tree_bytes(resident.get("decoding copy") if row.program == "sync" else there.get("decoding copy")) / GIB
+    parts["moments"] = sum(tree_bytes(state.opt_state) for state in states) / GIB
+    trained = [there.get(name) for name in ("actor", "critic", "ema", "model")]
+    parts["trained"] = tree_bytes(trained) / GIB - parts["moments"]
+    rest = max(row.peak_gib - row.temporaries_gib - sum(parts.values()), 0.0)
+    gradients = [jax.tree.map(lambda x: programs.abstract(x.shape, jnp.float32, x.sharding), state.params) for state in states]
+    gradient = max(map(tree_bytes, gradients), default=0.0) / GIB
+    temporary = row.peak_gib - rest - sum(parts.values())
+    return fit_advice.Need(row.program, row.capacity_gib, temporary, rest=rest, gradient=gradient, **parts)
+
+
+def _shape(run: Any, mesh: Mesh) -> fit_advice.Shape:
+    spec = setups.abstract_spec(run.model, run.model.path)
+    cache = 0
+    if hasattr(run, "sampling"):
+        rows = (run.sampling.rows or run.batch_size) / parallel.axis_size(mesh, "batch")
+        slots = run.data.max_prompt_tokens + run.sampling.max_new_tokens
+        split = mesh.shape["tensor"] if spec.kv_heads % mesh.shape["tensor"] == 0 else 1
+        size = jnp.dtype(run.model.compute_dtype).itemsize
+        cache = 2 * len(spec.layers) * rows * slots * spec.kv_heads // split * spec.head_dim * size
+    return fit_advice.Shape(spec.vocab_size, spec.width, math.gcd(spec.heads, spec.mlp_width, spec.vocab_size), cache / GIB)
 
 
 class Turns(NamedTuple):

@@ -1,95 +1,241 @@
-"""What to change in a run that does not fit: three keys, from what to what."""
+"""What to change in a run that does not fit: three keys, from what to what, and the peak that each is expected to leave.
 
-from collections.abc import Iterator
+A peak is a sum of parts (`Need`), and every key acts on some of them. A key takes the smallest change with which all programs
+are expected to fit; keys that manage it alone come first, those that change no result before those that do. The sums are what
+the compiler said; how far temporaries follow a key is a rule of thumb, taken from the table of choices in docs/fit.md.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from rlhf_jax import checks, ops
+from rlhf_jax import build, checks, ops
+
+ROOM = 0.95  # of the capacity: what is expected to need more does not count as fitting
+RANK = 16  # of an adapter where there is none yet
+UPDATES, SCORES, ROLLOUTS = ("learn", "update"), ("score", "reward"), ("rollout", "answer", "greedy")
 
 
 class Need(NamedTuple):
-    """The program that lacks most, on one device, GiB."""
+    """What one program finds or makes in the memory of one device, GiB."""
 
     program: str
-    fixed: float  # what lies in memory whatever the program does: its arguments and the other models
-    temporary: float
     capacity: float
+    temporary: float
+    trained: float = 0.0  # what optimisers change
+    moments: float = 0.0  # their optimisers' states, float32
+    reference: float = 0.0
+    reward: float = 0.0
+    base: float = 0.0  # under adapters
+    copy: float = 0.0  # of the weights for decoding
+    rest: float = 0.0  # batches, results
+    gradient: float = 0.0  # float32, of the largest model that is trained: part of an update's temporaries
+
+    @property
+    def peak(self) -> float:
+        return sum(self[2:-1])
 
 
 class Advice(NamedTuple):
     key: str
     old: Any
     new: Any
+    alone: bool  # expected to be enough by itself
     why: str
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new} ({self.why})"
 
 
-def advise(need: Need, stage: str, run: Any, mesh: dict[str, int]) -> list[Advice]:
-    """The three keys that bring the program under the capacity soonest, each by as much as it takes alone where it can.
+class Change(NamedTuple):
+    """A key, the values it may take (the smallest change first), and what a value leaves of a need."""
+
+    key: str
+    old: Any
+    values: list[Any]
+    effect: Callable[[Need, Any], Need]
+    why: str
+
+
+class Shape(NamedTuple):
+    """What advice must know of a model."""
+
+    vocabulary: int
+    width: int
+    heads: int  # what mesh.tensor must divide
+    cache: float  # GiB of keys and values of a whole rollout on one device
+
+
+def advise(needs: list[Need], stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> list[Advice]:
+    """The three keys that bring every program under the capacity soonest, each by as much as it takes alone where it can.
 
     Args:
       stage: names the group of the algorithm's keys in an online run.
       mesh: sizes of the axes data, fsdp, tensor.
     """
-    room = need.capacity - need.fixed
-    if room <= 0:
-        factor = _doublings(need.fixed, 0.8 * need.capacity)
-        why = f"weights and optimisers alone need {need.fixed:.1f} of {need.capacity:.1f} GiB"
-        return list(_less_weight(run, mesh, factor, why))[:3]
-    factor = _doublings(need.temporary, 0.9 * room)
-    why = f"temporaries need {need.temporary:.1f} of {room:.1f} GiB"
-    return list(_less_temporary(need.program, stage, run, mesh, factor, why))[:3]
+    found = []
+    for change in _changes(stage, run, mesh, shape):
+        left = [[change.effect(need, value) for need in needs] for value in change.values]
+        ratios = [max(need.peak / need.capacity for need in each) for each in left]
+        if not ratios:
+            continue
+        best = next((i for i, ratio in enumerate(ratios) if ratio <= ROOM), ratios.index(min(ratios)))
+        new, ratio, worst = change.values[best], ratios[best], max(left[best], key=lambda need: need.peak / need.capacity)
+        why = f"{change.why}; then about {worst.peak:.3g} of {worst.capacity:.2f} GiB, in {worst.program}"
+        found.append((ratio, Advice(change.key, change.old, new, ratio <= ROOM, why)))
+    before = max(need.peak / need.capacity for need in needs)
+    alone = [advice for _, advice in found if advice.alone]
+    others = sorted((each for each in found if ROOM < each[0] < 0.995 * before), key=lambda each: each[0])
+    return [*alone, *(advice for _, advice in others)][:3]
 
 
-def _doublings(size: float, room: float) -> int:
-    factor = 2
-    while size / factor > room:
-        factor *= 2
-    return factor
+def _changes(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
+    yield from _same_results(stage, run, mesh, shape.vocabulary)
+    yield from _other_results(stage, run, mesh, shape)
+    yield from _other_machines(run, mesh, shape.heads)
 
 
-def _less_weight(run: Any, mesh: dict[str, int], factor: int, why: str) -> Iterator[Advice]:
-    yield Advice("mesh.fsdp", mesh["fsdp"], mesh["fsdp"] * factor, f"{factor} times the devices: {why}")
-    if run.model.lora is None:
-        yield Advice("model.lora", None, "{rank: 16}", "one frozen base under adapters, and optimisers for these alone")
-    if run.model.param_dtype == "float32":
-        yield Advice("model.param_dtype", "float32", "bfloat16", "half the weights, half the optimiser")
-    if run.model.compute_dtype == "float32":
-        yield Advice("model.compute_dtype", "float32", "bfloat16", "half of every frozen model, and of the copy for decoding")
-    yield Advice("mesh.tensor", mesh["tensor"], mesh["tensor"] * 2, "twice the devices: half the copy for decoding")
-
-
-def _less_temporary(program: str, stage: str, run: Any, mesh: dict[str, int], factor: int, why: str) -> Iterator[Advice]:
+def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -> Iterator[Change]:
+    """Keys that change time and memory alone."""
     minibatches, micro = checks.splits(run)
     rows = run.batch_size // (mesh["data"] * mesh["fsdp"])  # of one device
-    if program in ("learn", "update"):
-        key = "micro_batches" if program == "update" else f"{stage}.micro_batches"
-        yield from _multiplied(key, micro, factor, rows // minibatches, why)
-        if run.model.remat != "full":
-            yield Advice("model.remat", run.model.remat, "full", "keeps one state a layer and computes the rest again")
-        if run.model.attention == "dense":
-            yield Advice("model.attention", "dense", "flash", "no [T, T] scores")
-    if program in ("score", "reward"):
-        yield from _multiplied("score_parts", run.score_parts, factor, rows, why)
-    if program in ("score", "learn", "update", "evaluate"):
-        chunk = run.model.logprob_chunk or ops.CHUNK
-        yield from _divided("model.logprob_chunk", chunk, min(factor, 4), 1, "logits of fewer tokens at a time")
-    if program in ("rollout", "answer", "greedy"):
-        new = run.sampling.max_new_tokens
-        yield from _divided("sampling.max_new_tokens", new, factor, 1, f"shorter key-value cache: {why}")
-    yield from _divided("batch_size", run.batch_size, factor, run.batch_size // rows * minibatches * micro, why)
-    yield Advice("mesh.fsdp", mesh["fsdp"], mesh["fsdp"] * factor, f"{factor} times the devices: {why}")
-    yield Advice("mesh.tensor", mesh["tensor"], mesh["tensor"] * 2, "twice the devices: half of every activation that is split")
+    model, online = run.model, hasattr(run, "sampling")
+    if online:
+        parts = _multiples(run.score_parts, rows)
+        yield Change("score_parts", run.score_parts, parts, _split(SCORES, run.score_parts), "fewer rows scored at a time")
+    shrinks = {"none": 0.12, "dots": 0.45, "save_attention": 0.92}
+    if model.remat in shrinks:
+        why = "keeps one state a layer and computes the rest again"
+        yield Change("model.remat", model.remat, ["full"], _activations(lambda _: shrinks[model.remat]), why)
+    if model.attention == "dense":
+        yield Change("model.attention", "dense", ["flash"], _activations(lambda _: 0.9), "no [T, T] scores")
+    key = f"{stage}.micro_batches" if online else "micro_batches"
+    extra = 2.0 if micro == 1 else 0.0  # gradients that are summed lie beside those of the part
+    values = _multiples(micro, rows // minibatches)
+    yield Change(key, micro, values, _activations(lambda new: micro / new, extra), "fewer rows at a time; gradients are summed")
+    chunk = model.logprob_chunk or ops.CHUNK
+    logits = rows * chunk * vocabulary / mesh["tensor"] * 4 / 2**30
+
+    def fewer_logits(need: Need, new: int) -> Need:
+        at_once = minibatches * micro if need.program in UPDATES else getattr(run, "score_parts", 1)
+        saved = logits / at_once * (1 - new / chunk) * (need.program in (*UPDATES, "score", "evaluate"))
+        return need._replace(temporary=max(need.temporary - saved, 0.5 * need.temporary))
+
+    yield Change(
+        "model.logprob_chunk", chunk, [chunk // 2, chunk // 4] if chunk >= 4 else [], fewer_logits, "fewer logits at a time"
+    )
+    aside = [name for name in ("reference", "reward") if name not in model.offload]
+    if online and aside:
+        values = [(*model.offload, *aside)]
+        used = {"score": ("reference",), "reward": ("reward",)}
+        if "kl" in build.algorithm(stage, run).needs:
+            used["learn"] = ("reference",)
+        yield Change("model.offload", model.offload, values, _parked(used), "they wait in the host's memory")
 
 
-def _multiplied(key: str, old: int, factor: int, most: int, why: str) -> Iterator[Advice]:
-    new = min(old * factor, most)
-    if new > old:
-        yield Advice(key, old, new, why)
+def _other_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
+    """Keys that change what is learnt, on the same machine."""
+    minibatches, micro = checks.splits(run)
+    ways, model = mesh["data"] * mesh["fsdp"], run.model
+    if model.compute_dtype == "float32":
+        half = lambda need, _: need._replace(  # noqa: E731
+            reference=need.reference / 2, reward=need.reward / 2, base=need.base / 2, copy=need.copy / 2,
+            temporary=need.temporary / 2 if need.program == "sync" else _less(need, 0.5).temporary,
+        )  # fmt: skip
+        yield Change("model.compute_dtype", "float32", ["bfloat16"], half, "half of activations, frozen models, decoding copy")
+    if hasattr(run, "sampling"):
+        values = _multiples(minibatches, run.batch_size // ways // micro)
+        why = "smaller optimiser steps, and more of them"
+        yield Change(f"{stage}.minibatches", minibatches, values, _activations(lambda new: minibatches / new), why)
+        longest, prompt = run.sampling.max_new_tokens, run.data.max_prompt_tokens
+
+        def shorter(need: Need, new: int) -> Need:
+            part = (prompt + new) / (prompt + longest)
+            if need.program in ROLLOUTS:
+                return need._replace(temporary=max(need.temporary - (1 - part) * shape.cache, 0.0))
+            return _less(need, part)
+
+        yield Change(
+            "sampling.max_new_tokens", longest, [n for n in (longest // 2, longest // 4) if n], shorter, "shorter answers"
+        )
+    unit = math.lcm(ways * minibatches * micro, ways * getattr(run, "score_parts", 1))
+    unit = math.lcm(unit, getattr(getattr(run, stage, run), "group_size", 1))
+    sizes = [run.batch_size // 2**n for n in range(1, 8) if run.batch_size % (2**n * unit) == 0]
+    yield Change("batch_size", run.batch_size, sizes, lambda need, new: _less(need, new / run.batch_size), "fewer rows")
+    if model.lora is None:
+        word = 0.5 if model.compute_dtype == "bfloat16" else 1.0
+        share = min(2 * RANK / shape.width, 1.0)  # of an adapter in its matrix
+
+        def adapted(need: Need, _: Any) -> Need:
+            own = {name: share * getattr(need, name) for name in ("trained", "moments", "gradient")}
+            temporary = max(need.temporary - (1 - share) * need.gradient * (need.program in UPDATES), 0.0)
+            base = need.base + word * need.gradient
+            return need._replace(**own, reference=0.0, base=base, copy=(1 + share) * need.copy, temporary=temporary)
+
+        yield Change("model.lora", None, [{"rank": RANK}], adapted, "one frozen base under adapters, optimisers for these alone")
 
 
-def _divided(key: str, old: int, factor: int, least: int, why: str) -> Iterator[Advice]:
-    new = max(old // factor, least)
-    if new < old:
-        yield Advice(key, old, new, why)
+def _other_machines(run: Any, mesh: dict[str, int], heads: int) -> Iterator[Change]:
+    def wider(need: Need, new: int) -> Need:
+        f = mesh["fsdp"] / new
+        whole = need.temporary if need.program == "sync" else f * need.temporary  # gathered: as large as the copy
+        split = {
+            name: f * getattr(need, name) for name in ("trained", "moments", "reference", "reward", "base", "gradient", "rest")
+        }
+        return need._replace(temporary=whole, **split)
+
+    def taller(need: Need, new: int) -> Need:
+        f = mesh["tensor"] / new
+        part = f if need.program == "sync" else (1 + f) / 2
+        names = ("trained", "moments", "reference", "reward", "base", "gradient", "copy")
+        return need._replace(temporary=part * need.temporary, **{name: f * getattr(need, name) for name in names})
+
+    minibatches, micro = checks.splits(run)
+    rows = run.batch_size // (mesh["data"] * mesh["fsdp"])
+    unit = math.lcm(minibatches * micro, getattr(run, "score_parts", 1))
+    more = [mesh["fsdp"] * 2**n for n in range(1, 8) if rows % (2**n * unit) == 0]
+    yield Change("mesh.fsdp", mesh["fsdp"], more, wider, "as many times the devices")
+    tall = [size for n in range(1, 4) if heads % (size := mesh["tensor"] * 2**n) == 0]
+    yield Change("mesh.tensor", mesh["tensor"], tall, taller, "as many times the devices, or fewer for mesh.fsdp")
+
+
+def _multiples(old: int, most: int) -> list[int]:
+    """2, 4, 8, ... times the old number, as long as it divides the rows."""
+    return [new for n in range(1, 12) if (new := old * 2**n) <= most and most % new == 0]
+
+
+def _less(need: Need, factor: float) -> Need:
+    """A part of the rows or of their length: activations, caches and batches shrink, gradients do not."""
+    if need.program == "sync":
+        return need
+    return need._replace(temporary=_floor(need) + factor * (need.temporary - _floor(need)), rest=factor * need.rest)
+
+
+def _floor(need: Need) -> float:
+    return min(2.25 * need.gradient, need.temporary) if need.program in UPDATES else 0.0
+
+
+def _activations(factor: Callable[[Any], float], extra: float = 0.0) -> Callable[[Need, Any], Need]:
+    """Acts on an update's temporaries beside its gradients, and costs `extra` times these."""
+
+    def effect(need: Need, new: Any) -> Need:
+        if need.program not in UPDATES:
+            return need
+        left = _less(need, factor(new))
+        return need._replace(temporary=left.temporary + extra * need.gradient)
+
+    return effect
+
+
+def _split(programs: tuple[str, ...], old: int) -> Callable[[Need, int], Need]:
+    return lambda need, new: need._replace(temporary=need.temporary * old / new) if need.program in programs else need
+
+
+def _parked(used: dict[str, tuple[str, ...]]) -> Callable[[Need, tuple[str, ...]], Need]:
+    """A program brings the parked models that it uses to the device: what it does not use is saved."""
+
+    def effect(need: Need, new: tuple[str, ...]) -> Need:
+        gone = [name for name in ("reference", "reward") if name in new and name not in used.get(need.program, ())]
+        return need._replace(**dict.fromkeys(gone, 0.0))
+
+    return effect

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 from rlhf_jax.fit import GIB, Cost, Row, Verdict
 
@@ -21,13 +22,15 @@ def to_json(verdict: Verdict) -> str:
         "fits": verdict.fits,
         "advice": [each._asdict() for each in verdict.advice],
     }
-    return json.dumps(content, indent=1)
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def _row(row: Row) -> dict:
     found = dataclasses.asdict(row)
     cost = row.cost._asdict()
     del found["cost"], cost["name"]
+    if not math.isfinite(row.cost.seconds):  # the compiler refused the program
+        cost |= dict.fromkeys(("seconds", "bytes", "collectives", "kernels"))
     return found | cost | {"parts": {part.name: part._replace(name="")._asdict() for part in row.parts}}
 
 
@@ -48,7 +51,7 @@ def to_text(verdict: Verdict) -> str:
         lines += [f"| {row.program}: {part.name} | | | | | | {_cost(part)} | |" for part in row.parts]
     lines += ["", "resident, GiB per device: " + ", ".join(f"{name} {size:.3g}" for name, size in verdict.resident.items())]
     sync = next((row for row in verdict.rows if row.program == "sync"), None)
-    if sync is not None:
+    if sync is not None and not sync.error:
         moved = sum(size for _, size in sync.cost.collectives.values()) / GIB
         lines.append(f"weights from training to decoding: {moved:.3g} GiB reach each device over the links, once an iteration")
     worst = max(verdict.rows, key=lambda row: row.peak_gib / row.capacity_gib)
@@ -56,10 +59,13 @@ def to_text(verdict: Verdict) -> str:
         f"verdict: {'fits' if verdict.fits else 'DOES NOT FIT'}; the worst program is {worst.program} with "
         f"{worst.peak_gib:.3g} of {worst.capacity_gib:.2f} GiB ({worst.peak_gib / worst.capacity_gib:.0%})"
     )
+    refused = [row for row in verdict.rows if row.error]
+    lines += [f"{row.program}: the compiler refuses it: {row.error}" for row in refused]
     lines += [f"  change {each}" for each in verdict.advice]
     return "\n".join(lines)
 
 
 def _cost(cost: Cost) -> str:
     moves = ", ".join(f"{kind} {n} {size / GIB:.3g}" for kind, (n, size) in cost.collectives.items()) or "none"
-    return f"{cost.flops / 1e12:.3g} | {cost.bytes / 1e9:.3g} | {moves} | {cost.seconds:.3g} | {cost.bound}"
+    figures = f"{cost.bytes / 1e9:.3g} | {moves} | {cost.seconds:.3g}" if math.isfinite(cost.seconds) else "? | ? | ?"
+    return f"{cost.flops / 1e12:.3g} | {figures} | {cost.bound}"

@@ -56,10 +56,12 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        rest, left = divmod(len(devices), abs(shape.data * shape.tensor))
+        near = f"; nearest: fsdp={rest}" if not left and -1 not in (shape.data, shape.tensor) else ""
         raise UserError(
             f"mesh: data={shape.data} x fsdp={shape.fsdp} x tensor={shape.tensor} asks for "
             f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are "
-            f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains)"
+            f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains){near}"
         )
     return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 

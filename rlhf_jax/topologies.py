@@ -58,7 +58,7 @@ def parse(name: str) -> Topology:
     Raises:
       UserError: no such machine; names the nearest ones.
     """
-    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)(?:-(\d+)|:([\dx]+))", name)
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)(?:-(\d+)|:([\dx]+))", name)
     kinds = [*sorted(CHIPS | GPUS), "cpu"]
     if not found or found.group(2) not in kinds:
         raise UserError(
@@ -115,7 +115,7 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     if topology.platform == "cpu":
-        return list(jax.devices("cpu"))
+        return list(jax.devices("cpu"))[: topology.devices]
     options = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices

@@ -41,9 +41,7 @@ def main(path: str, topology: str, program: str, *rest: str) -> None:
     from rlhf_jax import fit
 
     stage = config_file.stage_of(Path(path))
-    print(
-        "| variant | temporaries GiB | peak GiB | all-gather GiB | all-reduce GiB | est. s | est. s of parts | TFLOP | compile s |"
-    )
+    print("| variant | temporaries GiB | peak GiB | all-gather GiB | all-reduce GiB | est. s | of parts | TFLOP | compile s |")
     print("|" + "---|" * 9)
     for variant in variants:
         with chosen(variant) as overrides:

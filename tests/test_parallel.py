@@ -146,7 +146,8 @@ def test_states_lie_where_their_parameters_lie() -> None:
     ("mesh", "words"),
     [
         (config.Mesh(data=3, fsdp=-1), ["data=3", "devices", "-1"]),
-        (config.Mesh(data=1, fsdp=99, tensor=1), ["99", "one of"]),
+        (config.Mesh(data=1, fsdp=99, tensor=1), ["99", "one of", "nearest: fsdp=8"]),
+        (config.Mesh(data=2, fsdp=3, tensor=2), ["12 devices", "nearest: fsdp=2"]),
         (config.Mesh(data=-1, fsdp=-1), ["one at most is -1"]),
         (config.Mesh(data=0, fsdp=-1), ["positive"]),
     ],
