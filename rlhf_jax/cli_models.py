@@ -138,4 +138,5 @@ def start(module: str) -> Any:
     from rlhf_jax import environment
 
     environment.prepare()
+    environment.keep_freed_memory()
     return importlib.import_module(f"rlhf_jax.{module}")

@@ -3,8 +3,10 @@
 Everything is a default: a variable that is already set stays as it is.
 """
 
+import ctypes
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +27,9 @@ CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),  # bytes; the least recently used programs go first
 }
+
+MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def cache_dir() -> Path:
@@ -65,3 +70,16 @@ def prepare() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
     for name, value in CACHE.items():
         os.environ.setdefault(name, value)
+
+
+def keep_freed_memory() -> bool:
+    """On a CPU: memory that a program frees waits for the next one. True where that was arranged.
+
+    By default glibc gives large blocks back at once, and the kernel hands them out anew page by page, cleared: 85,000 page
+    faults, a third of the time, in one gradient of a 4-layer model. To be called before threads start and have their own arenas.
+    """
+    mine = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if sys.platform != "linux" or mine or has_tpu() or any(Path(path).exists() for path in ACCELERATORS):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from musl
+    return mallopt is not None and all(mallopt(key, value) for key, value in MALLOPT)

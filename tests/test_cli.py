@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -258,6 +259,37 @@ def test_environment_sets_defaults_only(monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "JAX_COMPILATION_CACHE_DIR", "elsewhere")
     environment.prepare()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+FAULTS = """
+import ctypes, resource, sys
+from rlhf_jax import environment
+kept = sys.argv[1] == "kept" and environment.keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def use():
+    block = library.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    library.free(block)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_freed_is_there_for_the_next_program():
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    told = {"kept": bare, "given back": bare, "kept, but told otherwise": bare | {"MALLOC_TRIM_THRESHOLD_": "1000000"}}
+    found = {}
+    for name, variables in told.items():
+        command = [sys.executable, "-c", FAULTS, name.split(",")[0]]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=True)
+        kept, faults = done.stdout.split()
+        found[name] = kept == "True", int(faults) < 100
+    expected = not environment.has_tpu() and not any(Path(path).exists() for path in environment.ACCELERATORS)
+    assert found == {"kept": (expected, expected), "given back": (False, False), "kept, but told otherwise": (False, False)}
 
 
 def test_a_home_that_cannot_be_written_to_gets_a_temporary_cache(monkeypatch, tmp_path):

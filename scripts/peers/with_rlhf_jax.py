@@ -11,6 +11,7 @@ from serve import Gate, serve, settle_jax, sizes
 from rlhf_jax import environment
 
 environment.prepare()
+environment.keep_freed_memory()
 
 import jax
 import jax.numpy as jnp

@@ -18,6 +18,7 @@ directory, mode = sys.argv[1:]
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from transformers import AutoTokenizer
@@ -144,7 +145,7 @@ def train() -> None:
     )
     learner = ppo_learner.PPOLearner(cluster, settings, reward_fns=reward)
     with mesh:
-        learner.train({"prompts": prompts[:B]} for _ in range(steps))
+        learner.train({"prompts": np.array(prompts[:B])} for _ in range(steps))
 
 
 if mode == "serve":
