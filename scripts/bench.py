@@ -208,6 +208,9 @@ def prepare(directory: Path, config: dict[str, Any], batch: int, prompt: int, re
     (directory / "sizes.json").write_text(json.dumps(sizes))
     if not update:
         return
+    from rlhf_jax import environment
+
+    environment.prepare()
     import jax
     import numpy as np
     import tokenizers

@@ -110,7 +110,7 @@ def draw(curve: str, points: list[tuple[int, float]], out: Path) -> None:
     line = plots.Line("tokens/s", points)
     chart = plots.line_chart([line], ident=f"growth-{curve}", title=title, x_label=f"{curve}, {UNITS[curve]}", floor=0.0)
     style = (Path(plots.__file__).parent / "style.css").read_text()
-    head, body = chart.split(">", 1)
+    head, body = chart.replace('viewBox="0 0 340 208"', 'viewBox="-14 0 384 208"').split(">", 1)  # labels may stand out
     out.joinpath(f"growth_{curve}.svg").write_text(f'{head} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{body}\n')
 
 
