@@ -20,7 +20,7 @@ import jax
 from datasets import Dataset
 from flax import nnx
 from jax import numpy as jnp
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 shape = sizes(directory)
 B, P, R = shape["batch"], shape["prompt"], shape["response"]
@@ -42,6 +42,7 @@ sizes_ = {
 config = ed.LlamaConfig(**sizes_, sharding_axis_dims=(1, 1, 1, 1, 1), attn_mechanism="vanilla")
 config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
 model = ed.LlamaForCausalLM(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+model.generation_config = GenerationConfig()  # asked for, and set only by from_pretrained
 trainer = ed.PPOTrainer(
     arguments=ed.PPOConfig(
         save_directory=f"{directory}/easydel",
