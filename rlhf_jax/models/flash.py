@@ -110,7 +110,11 @@ def _kernel(length: int, window: int | None, heads: int, cap: float | None, inte
         block_kv_dq=block,
     )
     return kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, attn_logits_soft_cap=cap, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name="attention",  # its sums too: without them the backward pass runs the kernel again
+        interpret=interpret,
     )
 
 

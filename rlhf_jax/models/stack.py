@@ -225,5 +225,7 @@ def _attention(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, 
     k, v = (d.constrain(y, ("batch", "seq", "kv", None)) for y in (k, v))
     k, v = kept = keep(k, v)
     out = shared.attend(q, k, v, kind.window, kind.scale, p.get("sinks"))
-    out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
+    out = out.reshape(*x.shape[:2], -1)
+    if d.kernel != "splash":  # which names its own results
+        out = checkpoint_name(out, "attention")
     return dense(p["o"], out, d.lora_scale), kept
