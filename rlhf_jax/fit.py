@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax import fit_advice, hlo, parallel, programs, setups, topologies
+from rlhf_jax import fit_advice, hlo, parallel, programs, setups_abstract, topologies
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit_advice import Advice
 from rlhf_jax.fit_flops import count_flops
@@ -80,7 +80,7 @@ def fit(stage: str, run: Any, topology: topologies.Topology, *, only: tuple[str,
       UserError: the mesh does not fit the topology or the model, or there is no compiler for it.
     """
     mesh = parallel.make_mesh(run.mesh, topologies.devices(topology))
-    steps, resident = setups.abstract_programs(stage, run, mesh)
+    steps, resident = setups_abstract.abstract_programs(stage, run, mesh)
     unknown = set(only) - set(steps)
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: this run has the programs {', '.join(steps)}")
@@ -112,7 +112,7 @@ def _need(row: Row, resident: dict[str, Any]) -> fit_advice.Need:
 
 
 def _shape(run: Any, mesh: Mesh) -> fit_advice.Shape:
-    spec = setups.abstract_spec(run.model, run.model.path)
+    spec = setups_abstract.abstract_spec(run.model, run.model.path)
     cache = 0
     if hasattr(run, "sampling"):
         rows = (run.sampling.rows or run.batch_size) / parallel.axis_size(mesh, "batch")

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax import build, checks, config, models, parallel, programs
+from rlhf_jax import build, checks, config, parallel, programs
 from rlhf_jax.algorithms import training
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.batches import (
@@ -35,7 +35,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.rewards import HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
-from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Preferences, Prompts, RewardFn, RunState, Sequences, join
+from rlhf_jax.setups_abstract import HEADS, abstract_programs, online_optimizers
+from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RunState, Sequences, join
 
 
 @dataclass(frozen=True)
@@ -263,20 +264,6 @@ def adapter_of(settings: config.Run) -> str | None:
     return None if settings.model.lora is None else settings.model.lora.path
 
 
-def online_optimizers(
-    stage: str, settings: config.OnlineRun
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Actor's and critic's optimisers; their schedules span every optimiser step of the run."""
-    algorithm = getattr(settings, stage)
-    per_iteration = algorithm.epochs * algorithm.minibatches
-    critic = getattr(settings, "critic_optimizer", settings.actor_optimizer)
-    warmup = getattr(algorithm, "critic_warmup", 0)
-    return (
-        training.make_optimizer(settings.actor_optimizer, max(settings.steps - warmup, 1) * per_iteration),
-        training.make_optimizer(critic, settings.steps * per_iteration),
-    )
-
-
 def stop_ids(sampling: config.Sampling, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's, generation_config's, and sampling.stop."""
     return tuple(dict.fromkeys([*tokenizer.eos_ids, *(tokenizer.token_id(text) for text in sampling.stop)]))
@@ -374,9 +361,6 @@ class OfflineSetup:
         return parallel.compile_step(make, out=programs.shardings(self.abstract))(self.trained.params)
 
 
-HEADS = {"reward": "score"}  # every other offline stage trains the language model
-
-
 def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     """Read and check mesh, tokenizer and data."""
     mesh = parallel.make_mesh(settings.mesh)
@@ -419,101 +403,3 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
         update=step.compile(),
         evaluate=programs.Program(evaluate, (None, places, None), parallel.replicated(mesh)).compile(),
     )
-
-
-# ------------------------------------------------------------------------------------------------- without weights
-
-
-def abstract_spec(settings: config.Model, path: str | None) -> models.Spec:
-    """An architecture by directory, by the name of a public model that is known here, or of model.scratch."""
-    if path in models.KNOWN:
-        return models.spec_of(models.KNOWN[path])
-    return build.read_spec(settings, path, None)
-
-
-def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, programs.Program], dict[str, Any]]:
-    """Programs of a run, and by name what stays in memory while it runs; nothing is read but config.json files."""
-    settings = build.for_mesh(settings, mesh)
-    checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
-    path, model = settings.model.path, settings.model
-
-    def part(path: str | None, head: str, *, trained: bool) -> programs.Part:
-        spec = abstract_spec(model, path)
-        build.check_mesh(spec, mesh)
-        return build.abstract_part(model, spec, mesh, head=head, trained=trained)
-
-    if stage in config.OFFLINE:
-        return _abstract_offline(stage, settings, mesh, part(path, HEADS.get(stage, "lm"), trained=True))
-    algorithm = build.algorithm(stage, settings)
-    own_reference = "reference" in algorithm.needs and (model.lora is None or settings.reference is not None)
-    scorer = settings.reward.model
-    actor, critic = part(path, "lm", trained=True), None
-    if lora.is_adapter(scorer):
-        reward = build.abstract_on(model, mesh, abstract_spec(model, path), actor, head="score", path=scorer)
-    else:
-        reward = part(scorer, "score", trained=False) if scorer is not None else None
-    if "critic" in algorithm.needs:
-        given = getattr(settings, "critic", None) or scorer
-        given = None if lora.is_adapter(given) else given
-        critic = part(given or path, "value", trained=True)
-        if given in (None, path):  # one base under both adapters, as `set_up_online` shares it
-            critic = critic._replace(frozen=actor.frozen)
-    parts = programs.Parts(
-        actor=actor,
-        critic=critic,
-        reference=part(settings.reference or path, "lm", trained=False) if own_reference else None,
-        reward=reward,
-    )
-    optimizers = online_optimizers(stage, settings)
-    steps = programs.online_programs(
-        stage,
-        settings,
-        algorithm,
-        mesh,
-        parts,
-        prompt_length=settings.data.max_prompt_tokens,
-        stop_ids=(1,),
-        pad_id=0,
-        optimizers=optimizers,
-        ptx_length=None if settings.ptx_data is None else settings.ptx_data.max_tokens,
-    )
-    state, frozen = steps["learn"].args[0], steps["learn"].args[1]
-    resident = {
-        "actor": state.actor,
-        "critic": state.critic,
-        "ema": state.ema,
-        "reference": frozen.reference,
-        "reward": frozen.reward,
-        "base": (frozen.actor, frozen.critic),
-        "decoding copy": steps["rollout"].args[0],
-    }
-    return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}
-
-
-def _abstract_offline(
-    stage: str, settings: Any, mesh: Mesh, part: programs.Part
-) -> tuple[dict[str, programs.Program], dict[str, Any]]:
-    tx = training.make_optimizer(settings.optimizer, settings.steps)
-    aside = settings.model.offload if parallel.can_park(mesh) else ()
-    state = programs.park_state(programs.abstract_offline_state(mesh, tx, part.trained), aside)
-    reference = None
-    if hasattr(settings, "reference") and settings.model.lora is None:
-        reference = build.abstract_part(
-            settings.model,
-            abstract_spec(settings.model, settings.reference or settings.model.path),
-            mesh,
-            head="lm",
-            trained=False,
-        ).trained
-    frozen = programs.park_frozen(Frozen(actor=part.frozen, reference=reference), aside)
-    rows = programs.abstract_sequences(mesh, settings.batch_size, settings.data.max_tokens, packed=settings.data.packing)
-    batch = rows if stage == "sft" else Preferences(chosen=rows, rejected=rows)
-    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), part.model, tx)
-    steps = {
-        "update": programs.Program(
-            update, (state, batch, frozen), (programs.shardings(state), parallel.replicated(mesh)), donate=(0,)
-        ),
-        "evaluate": programs.Program(evaluate, (state.trained.params, frozen, batch), parallel.replicated(mesh)),
-    }
-    resident = {"model": state, "reference": frozen.reference, "base": part.frozen}
-    return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import build, config, hlo, parallel, programs, setups
+from rlhf_jax import build, config, hlo, parallel, programs, setups_abstract
 from rlhf_jax.algorithms import training
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import scratch_spec
@@ -118,7 +118,7 @@ def test_scoring_gathers_every_weight_once_and_moves_no_activation_but_over_tens
         data=config.Data(task="reviews", max_prompt_tokens=8),
         sampling=config.Sampling(max_new_tokens=8),
     )
-    step = setups.abstract_programs("ppo", run, mesh_of(*shape))[0]["score"]
+    step = setups_abstract.abstract_programs("ppo", run, mesh_of(*shape))[0]["score"]
     found = hlo.report(step.compile().lower(*step.args).compile().as_text()).collectives
     actor, critic, frozen = step.args[:3]
     weights = 4 * sum(leaf.size for leaf in jax.tree.leaves((actor, critic, frozen)))
