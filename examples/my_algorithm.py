@@ -36,10 +36,10 @@ class RankRun(config.OnlineRun):
 algorithms.ALGORITHMS["rank"], config.STAGES["rank"] = build, RankRun
 
 
-def main(out: str = "runs/rank", tuning_steps: int = 1200, steps: int = 200, sums: int = 20000) -> None:
-    model = config.Model(scratch=config.Scratch(width=64, layers=2, mlp_width=256, max_length=64))
-    data = config.Data(task="addition", task_options={"digits": 2, "count": sums}, max_prompt_tokens=8, max_tokens=16)
-    fast = config.Optimizer(learning_rate=5e-3, schedule="cosine", beta2=0.99, eps=1e-8, clip_norm=0.5)
+def main(out: str = "runs/rank", tuning_steps: int = 1000, steps: int = 200, sums: int = 20000) -> None:
+    model = config.Model(scratch=config.Scratch(width=64, layers=2, heads=16, kv_heads=16, mlp_width=256))
+    data = config.Data(task="addition", task_options={"digits": 2, "count": sums}, max_prompt_tokens=8, max_tokens=12)
+    fast = config.Optimizer(learning_rate=3e-3, schedule="cosine", warmup_steps=20, eps=1e-8, clip_norm=0.5)
     tuning = config.SFTRun(out=f"{out}/sft", steps=tuning_steps, batch_size=128, model=model, data=data, optimizer=fast)
     run = RankRun(
         out=f"{out}/rank",

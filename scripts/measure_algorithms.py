@@ -4,7 +4,8 @@
     python scripts/measure_algorithms.py --out runs/measure --seeds 0 --only grpo_addition dpo_reviews
 
 Sums: share of exact answers to held-out sums, sampled at temperature 1, as the run logs it (eval/score). Reviews: gold reward
-of 512 sampled answers, which training never sees. Prints a line a file and seed: before, after, seconds of the run alone.
+of 512 sampled answers, which training never sees. Prints a line a file and seed: before, after, seconds of the fine-tuning (0
+where an earlier line has paid for it) and of the run, compilation, evaluations and export included.
 """
 
 import argparse
@@ -40,17 +41,18 @@ def gold_of(model: Path, seed: int) -> float:
     return float(reviews.gold(prompts, [each.text for each in found], [each.finished for each in found]).mean())
 
 
-def measure(name: str, out: Path, seed: int, start_seed: int, changes: list[str]) -> tuple[float, float, float]:
-    """Score before and after, and seconds of the run without its fine-tuning."""
+def measure(name: str, out: Path, seed: int, start_seed: int, changes: list[str]) -> tuple[float, float, float, float]:
+    """Score before and after, seconds of the fine-tuning and of the run."""
     task = name.rpartition("_")[2]
+    launched = time.perf_counter()
     start = run(f"sft_{task}", out / f"seed{start_seed}", start_seed) / "final"
     began = time.perf_counter()
     trained = run(name, out / f"seed{seed}", seed, f"model.path={start}", *changes)
-    seconds = time.perf_counter() - began
+    seconds = (began - launched, time.perf_counter() - began)
     if task == "reviews":
-        return gold_of(start, seed), gold_of(trained / "final", seed), seconds
+        return gold_of(start, seed), gold_of(trained / "final", seed), *seconds
     scores = [row["eval/score"] for row in metrics.read_rows(trained / metrics.METRICS) if "eval/score" in row]
-    return scores[0], scores[-1], seconds
+    return scores[0], scores[-1], *seconds
 
 
 def main() -> None:
@@ -67,8 +69,9 @@ def main() -> None:
         for seed in args.seeds:
             start = seed if args.start is None else args.start
             found.append(measure(name, Path(args.out), seed, start, args.change))
-            print(f"{name} seed {seed}: {found[-1][0]:.3f} -> {found[-1][1]:.3f} in {found[-1][2]:.0f} s", flush=True)
-        before, after, seconds = np.mean(found, axis=0)
+            before, after, tuning, seconds = found[-1]
+            print(f"{name} seed {seed}: {before:.3f} -> {after:.3f} in {tuning:.0f} + {seconds:.0f} s", flush=True)
+        before, after, _, seconds = np.mean(found, axis=0)
         print(f"{name} mean: {before:.3f} -> {after:.3f} (least {min(each[1] for each in found):.3f}), {seconds:.0f} s a seed")
 
 
