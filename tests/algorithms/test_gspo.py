@@ -28,7 +28,7 @@ def test_losses_and_gradients_equal_the_definitions(case):
     full = known.inputs["response_mask"].any(1)
     variants = {name: gspo.build(config.GSPO(group_size=1, clip_low=low, clip_high=high)) for name, (low, high) in CLIPS.items()}
     for name, (loss, grad) in synthetic_answers.gradients(variants, known.inputs["logprobs"], batch).items():
-        oracles.close(loss, known.ref[f"loss_{name}"], rtol=3e-6, what=name)
+        oracles.close(loss, known.ref[f"loss_{name}"], what=name)
         # The oracle's loss leaves out answers without a token, as ours does; its gradient is that of the mean over all rows.
         oracles.close(grad * full.mean(), known.ref[f"grad_{name}"], rtol=1e-5, what=name)
 
