@@ -2,13 +2,15 @@
 
     python scripts/compare_algorithms.py --task addition --out runs/compare          minutes an algorithm on 2 cores
     python scripts/compare_algorithms.py --task addition --out runs/compare --only PPO GRPO
+    python scripts/compare_algorithms.py --task reviews --out runs/compare --seeds 3
     python scripts/compare_algorithms.py --table --out runs/compare                   the table of what is there
 
 Settings are those of the run files in configs/, the start is that of sft_TASK.yaml. Compute is counted in passes of the model
 over an answer (generation 1, forward 1, backward 2; docs/algorithms.md), and every algorithm gets as many steps as the budget
-pays for. Sampling, scoring and updating are one pure function, so that a run is one program and its seeds a `vmap`. Online
-algorithms see the task's own reward (sums are checked; reviews have their gold reward), offline ones its preference pairs.
-Each row is a file OUT/TASK/NAME.json: the score of answers to prompts that training does not see, of every seed.
+pays for. Sampling, scoring and updating are one pure function, so that a run is one program and its seeds a `vmap`. Sums are
+checked; reviews are scored by a reward model trained on the task's pairs, and measured by the gold reward that no training sees.
+Offline algorithms learn from the pairs. What a reward model costs is not counted. Each row is a file OUT/TASK/NAME.json: the
+score of answers to prompts that training does not see, of every seed.
 """
 
 import argparse
@@ -32,6 +34,8 @@ from rlhf_jax.types import Frozen, Model, Moments, Preferences, Prompts, Rollout
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HELD_OUT = 1024  # answers that measure a policy
+SCORER_STEPS = 100  # of the reward model
+BUDGET = {"addition": 100_000, "reviews": 30_000}  # passes over an answer; an answer of reviews is four times as long
 CASES = {  # row of the table -> (run file, changes to it)
     "PPO": ("ppo_addition", ()),
     "PPO, 4 epochs": ("ppo_addition", ("ppo.epochs=4",)),
@@ -140,6 +144,24 @@ def gold(prompts: jax.Array, rollout: Rollout) -> jax.Array:
     )
 
 
+def train_scorer(out: Path, tuned: str, mesh: Any) -> Callable[[Rollout], jax.Array]:
+    """A reward model from the pairs of reviews: rollout -> f32[B], reward units."""
+    run = config.RewardRun(
+        out=str(out),
+        steps=SCORER_STEPS,
+        batch_size=96,
+        model=config.Model(path=tuned),
+        data=config.Data(task="reviews", max_tokens=40),
+        optimizer=config.Optimizer(learning_rate=6e-4, beta2=0.99, eps=1e-8, warmup_steps=10),
+        reward_model=config.RewardModelLoss(centering_coef=0.01),
+        save=config.Save(every=0),
+    )
+    path = str(offline.run("reward", run) / "final")
+    vocabulary = TASKS["reviews"].tokenizer().vocab_size
+    scorer = build.load(config.Model(path=path), mesh, head="score", key=None, real_vocab=vocabulary, path=path)
+    return functools.partial(scoring.make_reward_scorer(scorer.model, scorer.calibration), scorer.params)
+
+
 def passes_per_answer(stage: str, settings: Any) -> int:
     """Passes of the model over an answer that a step makes of each of its answers: the page's table, and generation."""
     if stage == "dpo":
@@ -152,7 +174,9 @@ def passes_per_answer(stage: str, settings: Any) -> int:
     return 1 + ("greedy" in needs) + scoring_passes + 3 * models * settings.epochs
 
 
-def online(stage: str, run: Any, steps: int, task: Task, model: Model, start: Any, critic: Any) -> Callable[[jax.Array], Any]:
+def online(
+    stage: str, run: Any, steps: int, task: Task, model: Model, start: Any, critic: Any, reward: Callable[[Rollout], jax.Array]
+) -> Callable[[jax.Array], Any]:
     """key -> trained params: the loop of `online.py` as one pure function."""
     settings = getattr(run, stage)
     algorithm = ALGORITHMS[stage](settings)
@@ -174,8 +198,8 @@ def online(stage: str, run: Any, steps: int, task: Task, model: Model, start: An
         rollout = sample(params, prompts, key).replace(index=jnp.repeat(rows, algorithm.group_size))
         scored = judge(params, None if state.critic is None else state.critic.params, frozen, rollout)
         if "greedy" in algorithm.needs:
-            scored = scored.replace(greedy_score=task.score(greedy(params, prompts, key).replace(index=rows)))
-        experience, _ = algorithm.make_experience(rollout, task.score(rollout), scored, state.kl_coef)
+            scored = scored.replace(greedy_score=reward(greedy(params, prompts, key).replace(index=rows)))
+        experience, _ = algorithm.make_experience(rollout, reward(rollout), scored, state.kl_coef)
         return update(state, experience, key, frozen)[0], None
 
     def learn(key: jax.Array) -> Any:
@@ -230,14 +254,20 @@ def of_seeds(score: Any, learn: Any, start: Any, keys: jax.Array) -> tuple[jax.A
     return score(start, keys[0]), jax.vmap(lambda key: score(learn(key), jax.random.fold_in(key, 1)))(keys)
 
 
+def smaller(task: str, stage: str) -> tuple[str, ...]:
+    """Changes to a run file: reviews have fewer answers a step, so that their smaller budget pays for enough steps."""
+    return ("batch_size=128",) if task == "reviews" and stage not in OFFLINE else ()
+
+
 def compare(args: argparse.Namespace, out: Path) -> None:
     started = config_file.load(CONFIGS / f"sft_{args.task}.yaml", [f"out={out / 'sft'}", *args.start], config.SFTRun)
     path = str(offline.run("sft", started) / "final")
-    task = load_task(started)
+    task, mesh = load_task(started), parallel.make_mesh(config.Mesh())
+    reward = train_scorer(out / "reward", path, mesh) if args.task == "reviews" else task.score
     load = functools.partial(
         build.load,
         config.Model(path=path),
-        parallel.make_mesh(config.Mesh()),
+        mesh,
         key=jax.random.key(0),
         real_vocab=TASKS[args.task].tokenizer().vocab_size,
         path=path,
@@ -248,10 +278,13 @@ def compare(args: argparse.Namespace, out: Path) -> None:
         if args.only and name not in args.only:
             continue
         stage = config_file.stage_of(CONFIGS / f"{file}.yaml")
-        run: Any = config_file.load(CONFIGS / f"{file}.yaml", [*changes, *args.change], config.STAGES[stage])
+        run: Any = config_file.load(
+            CONFIGS / f"{file}.yaml", [*changes, *smaller(args.task, stage), *args.change], config.STAGES[stage]
+        )
         answers = run.batch_size * (2 if stage in OFFLINE else 1)
-        steps = max(1, round(args.budget / (answers * passes_per_answer(stage, getattr(run, stage)))))
-        more = () if stage in OFFLINE else (critic.params,)
+        budget = args.budget or BUDGET[args.task]
+        steps = max(1, round(budget / (answers * passes_per_answer(stage, getattr(run, stage)))))
+        more = () if stage in OFFLINE else (critic.params, reward)
         learn = (from_pairs if stage in OFFLINE else online)(stage, run, steps, task, actor.model, actor.params, *more)
         program = jax.jit(functools.partial(of_seeds, score, learn, actor.params)).lower(keys).compile()
         began = time.perf_counter()
@@ -289,7 +322,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/compare")
     parser.add_argument("--task", choices=sorted(TASKS), default="addition")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=100_000, help="passes over an answer")
+    parser.add_argument("--budget", type=float, help=f"passes over an answer; default: {BUDGET}")
     parser.add_argument("--only", nargs="*", help="rows of the table")
     parser.add_argument("--change", nargs="*", default=[], metavar="KEY=VALUE", help="changes to every algorithm's run file")
     parser.add_argument("--start", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the fine-tuning's run file")

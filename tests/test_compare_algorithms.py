@@ -90,16 +90,21 @@ def test_compute_is_counted_as_on_the_page(script):
         assert float(found[1]) == passes, name
 
 
-def test_it_runs(script, tmp_path, monkeypatch, capsys):
-    start = ["model.scratch.width=32", "model.scratch.mlp_width=64", "steps=2", "batch_size=16"]
-    start += ["data.task_options={digits: 2, count: 200}", "log.eval_every=0"]
-    arguments = ["--task", "addition", "--out", str(tmp_path), "--seeds", "2", "--start", *start, "--change", "batch_size=16"]
+@pytest.mark.parametrize(
+    ("task", "options", "steps"), [("addition", ("data.task_options={digits: 2, count: 200}",), 2), ("reviews", (), 1)]
+)
+def test_it_runs(task, options, steps, script, tmp_path, monkeypatch, capsys):
+    start = ["model.scratch.width=32", "model.scratch.heads=4", "model.scratch.kv_heads=4", "model.scratch.mlp_width=64"]
+    start += ["steps=2", "batch_size=16", "log.eval_every=0", *options]
+    arguments = ["--task", task, "--out", str(tmp_path), "--seeds", "2", "--start", *start, "--change", "batch_size=16"]
     whole = parallel.make_mesh
     monkeypatch.setattr(parallel, "make_mesh", lambda shape: whole(shape, jax.devices()[:1]))
     monkeypatch.setattr(script, "HELD_OUT", 64)
-    monkeypatch.setattr(sys, "argv", ["compare", *arguments, "--budget", "200", "--only", "RLOO"])
+    monkeypatch.setattr(script, "SCORER_STEPS", 2)
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments, "--budget", str(100 * steps), "--only", "RLOO"])
     script.main()
-    row = json.loads((tmp_path / "addition" / "RLOO.json").read_text())
-    assert row["steps"] == 2
+    row = json.loads((tmp_path / task / "RLOO.json").read_text())
+    assert row["steps"] == steps
     assert len(row["after"]) == 2
-    assert re.search(r"\| RLOO \| 6 \| \d+\.\d -> \d+\.\d ± \d+\.\d in 2 steps \|", capsys.readouterr().out)
+    assert (tmp_path / task / "reward/final/model.safetensors").is_file() == (task == "reviews")  # what scores its answers
+    assert re.search(rf"\| RLOO \| 6 \| -?\d+\.\d+ -> -?\d+\.\d+ ± \d+\.\d+ in {steps} steps \|", capsys.readouterr().out)
