@@ -7,7 +7,7 @@ import sys
 
 import torch
 from serve import serve, sizes
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 directory = sys.argv[1]
 shape = sizes(directory)
@@ -45,7 +45,9 @@ def logprobs(model: torch.nn.Module) -> torch.Tensor:
 works["rollout eager"] = generate
 works["rollout static cache"] = lambda: generate(cache_implementation="static", disable_compile=True)
 if "--compiled" in sys.argv:
-    works["rollout compiled"] = lambda: generate(cache_implementation="static")
+    how = CompileConfig(mode="default", fullgraph=False)
+    how._compile_all_devices = True  # by itself transformers compiles on GPUs alone
+    works["rollout compiled"] = lambda: generate(cache_implementation="static", compile_config=how)
 
 reference = AutoModelForCausalLM.from_config(config).eval()
 
