@@ -46,7 +46,7 @@ works["rollout eager"] = generate
 works["rollout static cache"] = lambda: generate(cache_implementation="static", disable_compile=True)
 if "--compiled" in sys.argv:
     how = CompileConfig(mode="default", fullgraph=False)
-    how._compile_all_devices = True  # by itself transformers compiles on GPUs alone
+    vars(how)["_compile_all_devices"] = True  # by itself transformers compiles on GPUs alone
     works["rollout compiled"] = lambda: generate(cache_implementation="static", compile_config=how)
 
 reference = AutoModelForCausalLM.from_config(config).eval()
