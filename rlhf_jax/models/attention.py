@@ -118,19 +118,10 @@ def attend(
         scale: f32[]; cap: scores become cap tanh(scores / cap); sinks: [heads], score of a column without a value.
     """
     rows, queries, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[2], k.shape[1]
+    kv_heads = k.shape[2]
     q = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
-    if bias is not None:
-        scores += bias.reshape(rows, kv_heads, heads // kv_heads, queries, slots)
-    scores = jnp.where(visible[:, None, None], scores, _LOW)
-    if sinks is None:
-        weights = jax.nn.softmax(scores, -1)
-    else:
-        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
+    weights = _weights(scores, visible, cap, bias, sinks)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(rows, queries, heads, head_dim)
 
@@ -156,17 +147,24 @@ def attend_cached(
         visible: bool[B, S]; bias: f32[B, heads, S]; scale, cap, sinks as in `attend`.
     """
     rows, heads, head_dim = q.shape
-    kv_heads, slots = v.shape[1:3]
+    kv_heads = v.shape[1]
     q = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bkgh,bkhs->bkgs", q, k, preferred_element_type=jnp.float32) * scale
+    weights = _weights(scores, visible, cap, bias, sinks)
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v).reshape(rows, heads, head_dim)
+
+
+def _weights(
+    scores: jax.Array, visible: jax.Array, cap: float | None, bias: jax.Array | None, sinks: jax.Array | None
+) -> jax.Array:
+    """Softmax over keys: scores f32[B, kv_heads, heads / kv_heads, ..., S], visible bool[B, ..., S], the rest as in `attend`."""
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     if bias is not None:
-        scores += bias.reshape(rows, kv_heads, heads // kv_heads, slots)
+        scores += bias.reshape(scores.shape)
     scores = jnp.where(visible[:, None, None], scores, _LOW)
     if sinks is None:
-        weights = jax.nn.softmax(scores, -1)
-    else:
-        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1), (*scores.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
-    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v).reshape(rows, heads, head_dim)
+        return jax.nn.softmax(scores, -1)
+    column = sinks.astype(jnp.float32).reshape(1, scores.shape[1], -1, *(1 for _ in scores.shape[3:]))
+    column = jnp.broadcast_to(column, (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, column], -1), -1)[..., :-1]
