@@ -34,8 +34,8 @@ class Cost(NamedTuple):
     flops: float
     bytes: float  # moved in HBM
     collectives: dict[str, tuple[int, float]]  # kind -> count, bytes
-    seconds: float  # estimate: the slowest of compute, memory, links, and the compiler's own cycles where it states them
-    bound: str  # which of them: compute, memory or links
+    seconds: float  # estimate: the slowest of compute, memory, links, network, and the compiler's own cycles where it states them
+    bound: str  # which of them: compute, memory, links or network (between slices)
     kernels: int  # calls of custom kernels (flash attention)
 
 
@@ -215,10 +215,12 @@ def _scaled(found: hlo.Report, base: hlo.Report | None, times: int) -> hlo.Repor
 
 def estimate(name: str, flops: float, found: hlo.Report, chip: topologies.Chip) -> Cost:
     """Seconds and what bounds them. A lower bound: the compiler's cycles leave collectives and custom kernels out."""
+    across = sum(each.bytes for kind, each in found.collectives.items() if kind.endswith(hlo.BETWEEN_SLICES))
     bounds = {
         "compute": max(flops / chip.flops, found.cycles / chip.clock_hz),
         "memory": found.bytes / chip.hbm_bytes if not found.cycles else 0.0,
-        "links": sum(each.bytes for each in found.collectives.values()) / chip.link_bytes,
+        "links": (sum(each.bytes for each in found.collectives.values()) - across) / chip.link_bytes,
+        "network": across / chip.network_bytes if across else 0.0,
     }
     if found.cycles and flops / chip.flops < 0.5 * bounds["compute"]:
         bounds["memory"] = bounds.pop("compute")

@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BETWEEN_SLICES = " between slices"  # of a kind: over the data-center network
 _BYTES = {
     "pred": 1,
     "s8": 1,
@@ -53,7 +54,7 @@ class Traffic(NamedTuple):
 class Report(NamedTuple):
     """What one execution of the program costs on one device."""
 
-    collectives: dict[str, Traffic]
+    collectives: dict[str, Traffic]  # kind -> how many, and bytes that they bring
     bytes: float  # read and written in HBM, fusions counted by their inputs and outputs
     cycles: float  # sum of the compiler's estimates (TPU only; excludes collectives and custom kernels), else 0
     kernels: int  # custom kernel calls
@@ -130,7 +131,8 @@ def report(text: str, while_trips: int = 1, *, scope: str = "") -> Report:
       scope: count only what was traced inside `jax.named_scope(scope)`, its gradient included.
     """
     program = parse(text, while_trips)
-    inside = re.compile(rf'op_name="[^"]*\b{re.escape(scope)}\b')
+    places, started = _Places(program), _started(program)
+    wanted = re.compile(rf"\b{re.escape(scope)}\b")
     traffic: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     by_op: dict[str, float] = defaultdict(float)
     moved, cycles, kernels = 0.0, 0.0, 0.0
@@ -138,22 +140,21 @@ def report(text: str, while_trips: int = 1, *, scope: str = "") -> Report:
         count, fused = program.times.get(name, 0.0), program.fused.get(name, 0.0)
         shapes = {op.name: op.shape for op in body}
         for op in body:
-            if scope and not inside.search(op.rest):
+            kind = _collective(op)
+            if kind and (count or fused):
+                again = not count and _attribute(op, "channel_id") in started and name not in started.values()
+                if not again and (not scope or wanted.search(places.of(name, op))):
+                    traffic[kind][0] += count or fused
+                    traffic[kind][1] += _brought(op) * (count or fused)
                 continue
-            kind = op.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and (count or fused):
-                size = shape_bytes(op.shape) / (2 if op.opcode.endswith("-start") else 1)
-                traffic[kind][0] += count or fused
-                traffic[kind][1] += size * (count or fused)
-                continue
-            if not count:
+            if not count or (scope and not wanted.search(_op_name(op))):
                 continue
             if op.opcode not in _FREE and not op.opcode.endswith("-done"):
                 moved += count * _instruction_bytes(op, shapes, program)
             estimate = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
             if estimate:
                 cycles += int(estimate.group(1)) * count
-                by_op[_op_name(op)] += int(estimate.group(1)) * count
+                by_op[_op_name(op) or op.name] += int(estimate.group(1)) * count
             kernels += count * (op.opcode == "custom-call" and "tpu_custom_call" in op.rest)
     return Report(
         collectives={kind: Traffic(int(n), size) for kind, (n, size) in sorted(traffic.items())},
@@ -171,8 +172,86 @@ def _attribute(op: Instruction, name: str) -> str:
 
 
 def _op_name(op: Instruction) -> str:
+    """Where it was traced, or "" where XLA has dropped that."""
     found = re.search(r'op_name="([^"]*)"', op.rest)
-    return found.group(1) if found else op.name
+    return found.group(1) if found else ""
+
+
+def _collective(op: Instruction) -> str:
+    """Its kind, or ""."""
+    kind = op.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        return kind
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest) if op.opcode == "recv" else None
+    return transfer.group(1).lower().replace("_", "-") + BETWEEN_SLICES if transfer else ""
+
+
+def _brought(op: Instruction) -> float:
+    """Bytes that a collective brings to a device, its own part of the result included."""
+    if op.opcode in ("all-gather-start", "collective-permute-start"):  # (operand, result, ...)
+        parts = _SHAPE.findall(op.shape)
+        return shape_bytes("{}[{}]".format(*parts[1])) if len(parts) > 1 else shape_bytes(op.shape)
+    if op.opcode == "recv":  # (buffer, context, token)
+        return shape_bytes("{}[{}]".format(*_SHAPE.findall(op.shape)[0]))
+    return shape_bytes(op.shape)
+
+
+def _started(program: Program) -> dict[str, str]:
+    """Channel -> the computation that starts its collective.
+
+    On TPU a collective that runs beside other work is written in every fusion that it overlaps: where it starts, in each that
+    works meanwhile, and where it is done. It is one.
+    """
+    found = {}
+    for name, body in program.computations.items():
+        if any("AsyncCollectiveStart" in op.rest for op in body):
+            found |= {_attribute(op, "channel_id"): name for op in body if _collective(op)}
+    return found
+
+
+class _Places:
+    """Where collectives were traced.
+
+    XLA drops that where there are several slices. Then it is where the nearest instruction was, among those that make what the
+    collective takes or take what it makes, in its own computation or the one that calls it.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.callers = {
+            callee: (name, op)
+            for name, body in program.computations.items()
+            for op in body
+            if op.opcode in ("fusion", "while", "call", "async-start")
+            for callee in re.findall(r"\b(?:calls|body|to_apply|called_computation)=%?([\w.\-]+)", op.rest)
+        }
+        self.graphs: dict[str, tuple[dict[str, Instruction], dict[str, list[str]]]] = {}
+
+    def of(self, computation: str, op: Instruction) -> str:
+        found = _op_name(op) or self._near(computation, op)
+        while not found and computation in self.callers:
+            computation, op = self.callers[computation]
+            found = _op_name(op) or self._near(computation, op)
+        return found
+
+    def _near(self, computation: str, op: Instruction) -> str:
+        """Breadth first; what an instruction takes before what takes it."""
+        if computation not in self.graphs:
+            body = {each.name: each for each in self.program.computations[computation]}
+            links: dict[str, list[str]] = {name: [x for x in _operands(each) if x in body] for name, each in body.items()}
+            for name, operands in [(name, list(each)) for name, each in links.items()]:
+                for operand in operands:
+                    links[operand].append(name)
+            self.graphs[computation] = body, links
+        body, links = self.graphs[computation]
+        seen, pending = {op.name}, [op.name]
+        for name in pending:
+            if "/" in _op_name(body[name]):  # other names are XLA's own
+                return _op_name(body[name])
+            new = [each for each in dict.fromkeys(links[name]) if each not in seen]
+            seen.update(new)
+            pending += new
+        return ""
 
 
 def _operands(op: Instruction) -> list[str]:

@@ -1,7 +1,7 @@
 """Machines that a run may be compiled for without having one: names as they are rented, shapes, capacities.
 
 Figures: HBM as the TPU compiler itself states it (usable GiB per device); peak rates, bandwidths from the vendor's data sheets;
-clocks chosen so that the compiler's cycles at peak equal the data sheet's FLOP/s.
+clocks chosen so that the compiler's cycles at peak equal the data sheet's FLOP/s. Of v4's network no figure is stated: as v5p.
 """
 
 import math
@@ -25,15 +25,16 @@ class Chip(NamedTuple):
     cores: int  # what the number in the rented name counts per chip: v4-8 is 4 chips
     shapes: tuple[str, ...]
     options: dict[str, Any] = {}  # noqa: RUF012 - read only
+    network_bytes: float = 0.0  # bytes/s between slices, a device's share of the data-center network; 0: no slices
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1.228e12, 300e9, 1.05e9, 2, _CUBE, {"chip_config_name": "megacore"}),
-    "v5e": Chip(15.75, 197e12, 0.819e12, 200e9, 1.5e9, 1, _FLAT),
-    "v5p": Chip(95.73, 459e12, 2.765e12, 600e9, 1.75e9, 2, _CUBE),
-    "v6e": Chip(31.24, 918e12, 1.64e12, 448e9, 1.75e9, 1, _FLAT),
+    "v4": Chip(30.75, 275e12, 1.228e12, 300e9, 1.05e9, 2, _CUBE, {"chip_config_name": "megacore"}, network_bytes=6.25e9),
+    "v5e": Chip(15.75, 197e12, 0.819e12, 200e9, 1.5e9, 1, _FLAT, network_bytes=3.125e9),
+    "v5p": Chip(95.73, 459e12, 2.765e12, 600e9, 1.75e9, 2, _CUBE, network_bytes=6.25e9),
+    "v6e": Chip(31.24, 918e12, 1.64e12, 448e9, 1.75e9, 1, _FLAT, network_bytes=12.5e9),
 }
 GPUS = {
     "a100": Chip(79.0, 312e12, 2.04e12, 600e9, 1.41e9, 1, ()),

@@ -1,5 +1,8 @@
 """One number per model and mesh: what is computed does not depend on how it is split, and nothing moves without need."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +41,12 @@ def batch() -> Sequences:
     return Sequences(tokens=tokens, mask=mask, target_mask=mask & (np.arange(16)[None] > 0))
 
 
-def prepared(shape: tuple[int, int, int]) -> tuple:
+def prepared(shape: tuple[int, int, int], compute_dtype: Any = "float32") -> tuple:
     """Compiled update, state and batch on a mesh, and its program's text."""
     mesh = mesh_of(*shape)
     spec = scratch_spec(SETTINGS.model.scratch, 64)
-    part = build.abstract_part(SETTINGS.model, spec, mesh, head="lm", trained=True)
+    model = dataclasses.replace(SETTINGS.model, compute_dtype=compute_dtype)
+    part = build.abstract_part(model, spec, mesh, head="lm", trained=True)
     tx = training.make_optimizer(SETTINGS.optimizer, 10)
     abstract = programs.abstract_offline_state(mesh, tx, part.trained)
     update, _ = programs.offline_functions("sft", SETTINGS, build.offline_algorithm("sft", SETTINGS), part.model, tx)
@@ -59,9 +63,9 @@ def alone() -> tuple[float, list[np.ndarray]]:
     return loss_and_gradients((1, 1, 1))
 
 
-def loss_and_gradients(shape: tuple[int, int, int]) -> tuple[float, list[np.ndarray]]:
+def loss_and_gradients(shape: tuple[int, int, int], compute_dtype: Any = "float32") -> tuple[float, list[np.ndarray]]:
     """Of the first step: Adam's first moment is 0.1 times the (clipped) gradient. The second step's program is the first's."""
-    step, state, rows = prepared(shape)
+    step, state, rows = prepared(shape, compute_dtype)
     state, metrics = step(state, rows, Frozen())
     moments = optax.tree_utils.tree_get(state.trained.opt_state, "mu")
     gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(moments))]
@@ -77,6 +81,15 @@ def test_the_mesh_changes_no_number(shape: tuple[int, int, int], alone: tuple[fl
     np.testing.assert_allclose(loss, alone[0], rtol=5e-6)
     for got, want in zip(gradients, alone[1], strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * float(np.abs(want).max()))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
+def test_in_bfloat16_the_mesh_changes_numbers_by_rounding_alone() -> None:
+    """Also: XLA's CPU compiler, which aborts on some bfloat16 sums over devices, compiles and runs it."""
+    (loss, gradients), (wanted, theirs) = (loss_and_gradients(shape, "bfloat16") for shape in ((2, 2, 2), (1, 1, 1)))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-3)
+    for got, want in zip(gradients, theirs, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * float(np.abs(want).max()))
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
