@@ -3,6 +3,7 @@
 A plan is cheap (tokenizer and data are read and checked, nothing is loaded or compiled); a setup has weights.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from rlhf_jax import build, checks, config, parallel, programs
 from rlhf_jax.algorithms import training
 from rlhf_jax.build import Loaded
+from rlhf_jax.data import buckets
 from rlhf_jax.data.batches import (
     LabelledData,
     PreferenceData,
@@ -58,7 +60,8 @@ class OnlinePlan:
         return [
             f"data: {describe(self.data.tables.counts())}",
             *(f"tokenizer: {text}" for text in self.tokenizer.policies),
-            f"data: prompts {widths} tokens wide (data.length_buckets); {self.data.padded_fraction:.1%} of that is padding",
+            f"data: prompts {widths} tokens wide (data.length_buckets), {self.data.padded_fraction:.1%} of that is padding; "
+            f"{buckets.programs(self.settings, len(self.data.buckets))} programs",
             *offload_notes(self.settings, self.mesh),
         ]
 
@@ -173,7 +176,8 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
             f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"
         )
     prompts = settings.batch_size // algorithm.group_size
-    data = make_prompt_data(settings.data, tokenizer, seed=settings.seed, batch_size=prompts)
+    wanted = dataclasses.replace(settings.data, length_buckets=buckets.most_widths(settings))
+    data = make_prompt_data(wanted, tokenizer, seed=settings.seed, batch_size=prompts)
     ptx = None
     if getattr(settings, stage).ptx_coef > 0:
         if settings.ptx_data is None:

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_jax.config import STAGES, OnlineRun, ReMaxRun
 from rlhf_jax.data import order
 
 ROUND = 8  # widths are multiples of it
+MOST = 16  # widths
+PROGRAMS = 8  # that a run compiles, unless it is told to use more widths
 
 
 class Bucket(NamedTuple):
@@ -20,6 +23,32 @@ class Bucket(NamedTuple):
     share: float  # of all draws
     rows: tuple[np.ndarray, ...]  # of each source, i64[·]: positions among its training rows
     weights: tuple[float, ...]  # of the sources in this bucket
+
+
+def programs(run: OnlineRun, count: int) -> int:
+    """Programs that a run compiles with `count` widths.
+
+    One copies weights for decoding; each width has a rollout, a scoring and an update, with a reward model and a greedy baseline
+    one more each; where prompts have several answers, evaluation has a rollout of its own.
+    """
+    of_width = 3 + (run.reward.model is not None) + isinstance(run, ReMaxRun)
+    return 1 + count * of_width + (_answers(run) > 1)
+
+
+def _answers(run: OnlineRun) -> int:
+    """Answers to a prompt."""
+    stage = next(name for name, cls in STAGES.items() if cls is type(run))
+    return getattr(getattr(run, stage), "group_size", 1)
+
+
+def prompts_of_a_step(run: OnlineRun) -> int:
+    return run.batch_size // _answers(run)
+
+
+def most_widths(run: OnlineRun) -> int:
+    """How many widths a run has: `data.length_buckets`, or as many as keep it within 8 programs."""
+    within = [count for count in range(1, MOST + 1) if programs(run, count) <= PROGRAMS]
+    return run.data.length_buckets or max(within, default=1)
 
 
 def rounded(lengths: np.ndarray, limit: int) -> np.ndarray:
@@ -88,11 +117,11 @@ def draw(buckets: tuple[Bucket, ...], seed: int, step: int, batch_size: int) -> 
     return number, [(some[w], int(bucket.rows[some[w]][row])) for w, row in zip(which, rows, strict=True)]
 
 
-def padded_fraction(buckets: tuple[Bucket, ...], lengths: list[np.ndarray]) -> float:
-    """Share of the prompts' tokens that are padding, over everything that is drawn."""
+def padded_fraction(buckets: tuple[Bucket, ...], lengths: list[np.ndarray], answer: int = 0) -> float:
+    """Share of the prompts' tokens that are padding, over everything that is drawn; with `answer` tokens after each prompt."""
     real = padded = 0.0
     for bucket in buckets:
         for rows, weight, own in zip(bucket.rows, bucket.weights, lengths, strict=True):
             real += weight * float(own[rows].mean()) if len(rows) else 0.0
         padded += bucket.share * bucket.width
-    return 1.0 - real / padded
+    return 1.0 - (real + answer) / (padded + answer)

@@ -1,6 +1,6 @@
 """What `rlhf-jax data CONFIG` says: rows, columns, token lengths, what is dropped or cut and why, three examples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,16 +40,17 @@ def validate(run: Run) -> Report:
     for data, kind in jobs:
         for source, weight in zip(*open_sources(data, purpose=kind, seed=run.seed), strict=True):
             table = scan(source, kind, tokenizer, data)
-            record = _record(table, weight, run.batch_size)
+            record = _record(table, weight, run)
             records.append(record)
             blocks.append(_text(table, record))
     head = f"tokenizer: {tokenizer.vocab_size} tokens, hash {tokenizer.hash}"
     return Report("\n\n".join(["\n".join([head, *(f"  {line}" for line in tokenizer.policies)]), *blocks]), records)
 
 
-def _record(table: Table, weight: float, batch_size: int) -> dict[str, Any]:
+def _record(table: Table, weight: float, run: Run) -> dict[str, Any]:
     lengths = table.lengths.reshape(-1)
     first = table.source.row(int(table.numbers[0]))
+    units = buckets.prompts_of_a_step(run) if isinstance(run, OnlineRun) and table.purpose == "prompts" else run.batch_size
     record = {
         "source": table.source.name,
         "weight": weight,
@@ -59,7 +60,7 @@ def _record(table: Table, weight: float, batch_size: int) -> dict[str, Any]:
         "counts": dict(table.counts),
         "train": len(table.train),
         "eval": len(table.eval),
-        "steps_per_epoch": round(len(table.train) / batch_size, 1),
+        "steps_per_epoch": round(len(table.train) / units, 1),
         "tokens": {name: int(np.percentile(lengths, q)) for name, q in (("min", 0), ("median", 50), ("p95", 95), ("max", 100))},
         "fingerprint": table.digest(),
     }
@@ -68,13 +69,26 @@ def _record(table: Table, weight: float, batch_size: int) -> dict[str, Any]:
         limit = table.data.max_tokens
         record["padding"] = round(padded_fraction(of_train, None, min(limit, -(-int(lengths.max()) // 8) * 8)), 4)
         record["padding_packed"] = round(padded_fraction(of_train, pack(of_train, limit), limit), 4)
-    if table.purpose == "prompts" and len(table.train):
-        of_train, least = table.lengths[table.train, 0].astype(np.int64), min(batch_size, len(table.train))
-        record["padding_buckets"] = {}
-        for count in (1, 2, 4, 8, 16):
-            found = buckets.make_buckets([of_train], (1.0,), count=count, limit=table.data.max_prompt_tokens, least=least)
-            record["padding_buckets"][count] = round(buckets.padded_fraction(found, [of_train]), 4)
+    if isinstance(run, OnlineRun) and table.purpose == "prompts" and len(table.train):
+        of_train = table.lengths[table.train, 0].astype(np.int64)
+        limit = int(buckets.rounded(table.lengths.max(), table.data.max_prompt_tokens))
+        record["padding_buckets"] = list(_widths(run, of_train, limit, min(units, len(table.train))))
     return record
+
+
+def _widths(run: OnlineRun, lengths: np.ndarray, limit: int, least: int) -> Iterator[dict[str, Any]]:
+    """What every number of widths leaves of padding, and costs in programs."""
+    own = buckets.most_widths(run)
+    counts = sorted({1, 2, 3, 4, 6, 8, 12, buckets.MOST, own})
+    made = {n: buckets.make_buckets([lengths], (1.0,), count=n, limit=limit, least=least) for n in counts}
+    for found in {len(each): each for each in made.values()}.values():
+        yield {
+            "widths": [bucket.width for bucket in found],
+            "prompts": round(buckets.padded_fraction(found, [lengths]), 4),
+            "with_answers": round(buckets.padded_fraction(found, [lengths], run.sampling.max_new_tokens), 4),
+            "programs": buckets.programs(run, len(found)),
+            "chosen": len(found) == len(made[own]),
+        }
 
 
 def _text(table: Table, record: dict[str, Any]) -> str:
@@ -90,8 +104,11 @@ def _text(table: Table, record: dict[str, Any]) -> str:
     if "padding" in record:
         lines.append(f"  padding: {record['padding']:.1%} of a batch; {record['padding_packed']:.1%} with data.packing=true")
     if "padding_buckets" in record:
-        shares = ", ".join(f"{share:.1%} with {count}" for count, share in record["padding_buckets"].items())
-        lines.append(f"  padding of the prompts by data.length_buckets: {shares}")
+        lines.append("  data.length_buckets: padding of prompts; of these and answers of max_new_tokens; programs of the run")
+        for each in record["padding_buckets"]:
+            shares = f"{each['prompts']:>6.1%}, {each['with_answers']:>6.1%}, {each['programs']:>2} programs"
+            widths = ", ".join(map(str, each["widths"]))
+            lines.append(f"    {len(each['widths']):>2}: {shares}; {widths} tokens wide{' (this run)' if each['chosen'] else ''}")
     lines.append(f"  fingerprint {record['fingerprint']}")
     shown = np.linspace(0, len(table.numbers) - 1, min(_EXAMPLES, len(table.numbers))).astype(int)
     for example in dict.fromkeys(shown.tolist()):

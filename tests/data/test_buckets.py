@@ -2,10 +2,16 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
+import directories
+import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import config, parallel, setups, setups_abstract, testing
 from rlhf_jax.config import Data
 from rlhf_jax.data import buckets, order
 from rlhf_jax.data.batches import make_prompt_data
@@ -96,3 +102,40 @@ def test_batches_have_one_of_the_widths_and_hold_the_same_prompts():
         seen += batch.index.tolist()
     assert set(seen) == set(range(len(rows))) - set(one.tables.eval_index().tolist())
     assert one.eval_batch(8).tokens.shape == three.eval_batch(8).tokens.shape == (8, 24)
+
+
+def run_of(stage: str, **changes: object) -> config.OnlineRun:
+    make: Any = config.STAGES[stage]
+    scratch = testing.tiny_scratch(directories.VOCABULARY)
+    return make(
+        model=config.Model(scratch=scratch), data=Data(task="reviews", max_prompt_tokens=8), batch_size=16,
+        sampling=config.Sampling(max_new_tokens=8), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [stage for stage in config.STAGES if stage not in config.OFFLINE])
+def test_the_programs_of_a_run_are_counted_before_it_starts(stage: str):
+    mesh = parallel.make_mesh(config.Mesh(), jax.devices()[:1])
+    model = config.Reward(model=str(directories.reward_model()))
+    for run in [run_of(stage), run_of(stage, reward=model)][: 2 if stage in ("ppo", "grpo") else 1]:
+        found = setups_abstract.abstract_programs(stage, run, mesh)[0]
+        assert buckets.programs(run, 1) == len(found)
+        a_width = len(set(found) - {"sync", "answer"})
+        assert buckets.programs(run, 3) == len(found) + 2 * a_width
+        within = buckets.most_widths(run)
+        assert buckets.programs(run, within) <= buckets.PROGRAMS < buckets.programs(run, within + 1)
+
+
+def test_a_run_has_two_widths_by_default_where_no_reward_model_scores(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": str((n + 7) ** 99)[: 1 + n % 50]}) for n in range(200)))
+    data = Data(path=str(path), max_prompt_tokens=64, eval_fraction=0.05)
+    length = config.Reward(functions=(config.RewardFunction(function="length"),))
+    run = dataclasses.replace(run_of("ppo", reward=length), data=data)
+    plan = setups.plan_online("ppo", run)
+    assert len(plan.data.buckets) == 2
+    assert f"{plan.data.padded_fraction:.1%} of that is padding; 7 programs" in " ".join(plan.notes)
+    four = setups.plan_online("ppo", dataclasses.replace(run, data=dataclasses.replace(data, length_buckets=4)))
+    assert len(four.data.buckets) == 4
+    with_model = dataclasses.replace(run, reward=config.Reward(model=str(directories.reward_model())))
+    assert len(setups.plan_online("ppo", with_model).data.buckets) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.config import OFFLINE, STAGES, Data, Model, PPORun, RewardRun, Run, Scratch, SFTRun
+from rlhf_jax.config import OFFLINE, STAGES, Data, Model, PPORun, RewardRun, Run, Sampling, Scratch, SFTRun
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.validate import histogram, validate
 from rlhf_jax.errors import UserError
@@ -52,6 +52,19 @@ def test_report_of_fine_tuning_and_prompts(pairs: str):
     assert [record["stage"] for record in ppo.rows] == ["prompts", "sft"]
     with pytest.raises(UserError, match="cannot be checked"):
         validate(Run(model=MODEL, data=Data(path=pairs)))
+
+
+def test_what_widths_of_prompts_leave_of_padding_and_cost_in_programs(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "ab " * (1 + n % 30)}) for n in range(90)))
+    data = Data(path=str(path), max_prompt_tokens=96)
+    told = validate(PPORun(model=MODEL, data=data, sampling=Sampling(max_new_tokens=24), batch_size=8))
+    rows = told.rows[0]["padding_buckets"]
+    assert [(len(row["widths"]), row["programs"], row["chosen"]) for row in rows][:2] == [(1, 4, False), (2, 7, True)]
+    assert [row["prompts"] for row in rows] == sorted((row["prompts"] for row in rows), reverse=True)
+    assert all(row["with_answers"] < row["prompts"] for row in rows)
+    assert f" 2: {rows[1]['prompts']:>6.1%}, {rows[1]['with_answers']:>6.1%},  7 programs; " in told.text
+    assert told.text.count("(this run)") == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
