@@ -22,6 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_jax import environment
+
+environment.prepare()  # before JAX is imported
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import figures, kills  # noqa: E402
-from tests.faults.matrix import ROWS  # noqa: E402
+from tests.faults import figures, kills
+from tests.faults.matrix import ROWS
 
 ENDS = ("PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
 

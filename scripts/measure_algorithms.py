@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import environment
+
+environment.prepare()  # before JAX is imported
+
 import numpy as np
 
 from rlhf_jax import config, config_file, generate, metrics, offline, online
