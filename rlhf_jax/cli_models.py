@@ -1,6 +1,7 @@
 """The commands that use a trained model: chat, serve, evaluate. As in `cli.py` nothing heavy is imported before it is needed."""
 
 import importlib
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,5 +139,8 @@ def start(module: str) -> Any:
     from rlhf_jax import environment
 
     environment.prepare()
-    environment.keep_freed_memory()
-    return importlib.import_module(f"rlhf_jax.{module}")
+    kept = environment.keep_freed_memory()
+    room = importlib.import_module(f"rlhf_jax.{module}")
+    if kept and "jax" in sys.modules:
+        environment.give_back_after_compiling()
+    return room

@@ -4,6 +4,7 @@ Everything is a default: a variable that is already set stays as it is.
 """
 
 import ctypes
+import functools
 import importlib.util
 import os
 import sys
@@ -29,6 +30,8 @@ CACHE = {
 }
 
 MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
+TRIM_FROM_S = 0.5  # seconds of compilation from which it leaves enough behind
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
 
 
@@ -83,3 +86,20 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from musl
     return mallopt is not None and all(mallopt(key, value) for key, value in MALLOPT)
+
+
+@functools.cache
+def give_back_after_compiling() -> None:
+    """With `keep_freed_memory`: what the compiler used goes back to the system, or it lies beside what the run uses.
+
+    330 MB after the programs of a 4-layer PPO run, whose peak was 1.5 GB. To be called once JAX is imported.
+    """
+    import jax
+
+    trim = ctypes.CDLL(None).malloc_trim
+
+    def compiled(event: str, seconds: float, **_: object) -> None:
+        if event == COMPILED and seconds >= TRIM_FROM_S:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
