@@ -139,6 +139,7 @@ def start(module: str) -> Any:
     from rlhf_jax import environment
 
     environment.prepare()
+    environment.collect_seldom()
     kept = environment.keep_freed_memory()
     room = importlib.import_module(f"rlhf_jax.{module}")
     if kept and "jax" in sys.modules:

@@ -1,5 +1,6 @@
 """The commands: what each starts, what a mistake costs, what --help costs."""
 
+import gc
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_jax import cli, config, config_table, environment, integrity, signals
+from rlhf_jax import cli, cli_models, config, config_table, environment, integrity, signals
 from rlhf_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -259,6 +260,25 @@ def test_environment_sets_defaults_only(monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "JAX_COMPILATION_CACHE_DIR", "elsewhere")
     environment.prepare()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_commands_collect_cycles_seldom_and_still_collect_them():
+    class Node:
+        pass
+
+    def rounds(count: int) -> int:
+        before = sum(generation["collections"] for generation in gc.get_stats())
+        alive = [Node() for _ in range(count)]
+        return sum(generation["collections"] for generation in gc.get_stats()) - before if alive else 0
+
+    default = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        often = rounds(100_000)
+        cli_models.start("errors")
+        assert 0 < rounds(100_000) < often / 10
+    finally:
+        gc.set_threshold(*default)
 
 
 FAULTS = """
