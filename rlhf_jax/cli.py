@@ -126,7 +126,12 @@ def data(config: Config, overrides: Overrides = None, stage: StageOption = None)
     """
     stage = stage or _stage_of(config)
     run = _load(config, overrides, stage)
-    typer.echo(_start("data.validate").validate(run).text)
+    from rlhf_jax import environment
+
+    environment.prepare()  # and memory is not kept: no program runs that would take it
+    from rlhf_jax.data import validate
+
+    typer.echo(validate.validate(run).text)
 
 
 @app.command()

@@ -63,7 +63,19 @@ class Program(NamedTuple):
 
     def compile(self) -> Any:
         """The jitted step; XLA compiles it at the first call."""
-        return parallel.compile_step(parallel.on_device(self.fn, self.args), out=self.out, donate=self.donate)
+        return parallel.compile_step(parallel.on_device(self.fn, _brought(self.args)), out=self.out, donate=self.donate)
+
+
+def _brought(args: tuple[Any, ...]) -> Any:
+    """Arguments as a program wants them to be brought to the devices: optimiser states not, which each step brings for itself."""
+
+    def stays(state: Any) -> Any:
+        if not isinstance(state, TrainState):
+            return state
+        there = jax.tree.map(lambda x: abstract(x.shape, x.dtype, x.sharding.with_memory_kind("device")), state.opt_state)
+        return state.replace(opt_state=there)
+
+    return jax.tree.map(stays, args, is_leaf=lambda x: isinstance(x, TrainState))
 
 
 def shardings(tree: Any) -> Any:

@@ -192,11 +192,39 @@ def apply_gradients(
     """
     norm = optax.tree.norm(grads)
     finite = jnp.logical_and(finite, jnp.isfinite(norm))
+    lay = state.opt_state
+    opt_state, grads = _fetched(lay, grads)
+    state = state.replace(opt_state=opt_state)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     stepped = TrainState(step=state.step + 1, params=add_updates(state.params, updates, state.step), opt_state=opt_state)
     taken = jnp.logical_and(finite, wanted)
     state = jax.tree.map(lambda old, new: jnp.where(taken, new, old), state, stepped)
-    return state, {"update/grad_norm": norm, "update/skipped": 1.0 - finite.astype(jnp.float32)}
+    return state.replace(opt_state=_returned(state.opt_state, lay)), {
+        "update/grad_norm": norm,
+        "update/skipped": 1.0 - finite.astype(jnp.float32),
+    }
+
+
+def _fetched(opt_state: Any, grads: Params) -> tuple[Any, Params]:
+    """An optimiser state that waits in the host's memory (model.offload), on the device; not before the gradients are there.
+
+    So the moments of one model are there for one step, and not those of all for the whole program.
+    """
+    waits = jax.tree.map(lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host, opt_state)
+    if not any(jax.tree.leaves(waits)):
+        return opt_state, grads
+    opt_state, grads = jax.lax.optimization_barrier((opt_state, grads))
+    return jax.tree.map(lambda x, w: jax.device_put(x, jax.memory.Space.Device) if w else x, opt_state, waits), grads
+
+
+def _returned(opt_state: Any, lay: Any) -> Any:
+    """The optimiser state back where it lay."""
+
+    def put(new: jax.Array, old: jax.Array) -> jax.Array:
+        space = jax.typeof(old).memory_space
+        return new if jax.typeof(new).memory_space == space else jax.device_put(new, space)
+
+    return jax.tree.map(put, opt_state, lay)
 
 
 def make_offline_update(

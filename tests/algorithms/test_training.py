@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from rlhf_jax import config
 from rlhf_jax.algorithms import training
@@ -179,3 +180,30 @@ def test_a_bfloat16_parameter_is_rounded_to_a_neighbour_and_exact_sums_stay_exac
     got = add(many, {"kernel": jnp.full(4096, 2.0**-9)}, jnp.int32(0))["kernel"].astype(jnp.float32)
     assert set(np.unique(got)) == {1.0, 1.0 + 2.0**-7}
     assert float(got.mean()) == pytest.approx(1.0 + 2.0**-9, abs=3e-4)
+
+
+def test_moments_that_wait_in_the_hosts_memory_give_the_same_steps_and_go_back():
+    """Bit for bit, in a loop as an update has it; fetched in each step, and nowhere else."""
+    tx = training.make_optimizer(config.Optimizer(learning_rate=0.1), 10)
+    params = {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.ones(4)}
+
+    def steps(state: TrainState) -> TrainState:
+        def one(state: TrainState, scale: jax.Array) -> tuple[TrainState, None]:
+            grads = jax.tree.map(lambda p: scale * jnp.sin(p), state.params)
+            return training.apply_gradients(tx, state, grads, jnp.asarray(True))[0], None
+
+        return jax.lax.scan(one, state, jnp.asarray([1.0, -0.5, 2.0]))[0]
+
+    state = state_of(tx, params)
+    where = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    away = state.replace(opt_state=jax.tree.map(lambda x: jax.device_put(x, where) if x.ndim else x, state.opt_state))
+    shardings = jax.tree.map(lambda x: x.sharding, away)
+    compiled = jax.jit(steps, out_shardings=shardings)
+    wanted, found = jax.jit(steps)(state), compiled(away)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(found.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+    same(jax.device_get(found), jax.device_get(wanted))
+    (loop,) = [eqn for eqn in jax.make_jaxpr(compiled)(away).jaxpr.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"]
+    inside = [eqn.primitive.name for eqn in loop.params["jaxpr"].eqns]
+    assert "optimization_barrier" in inside
+    assert inside.count("device_put") == 2 * len([x for x in jax.tree.leaves(away.opt_state) if x.ndim])
