@@ -25,7 +25,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 CACHE = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs too: there are many
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),  # bytes; the least recently used programs go first
 }
@@ -33,7 +33,7 @@ CACHE = {
 MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
 COLLECT_AFTER = 20_000  # new objects; Python's default is 700
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
-TRIM_FROM_S = 0.5  # seconds of compilation from which it leaves enough behind
+TRIM_FROM_S = 0.1  # seconds of compilation from which it leaves enough behind
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
 
 
