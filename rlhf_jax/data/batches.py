@@ -316,9 +316,9 @@ def make_sft_data(
     lengths = _train_lengths(tables)
     packs = tuple(pack(part, data.max_tokens) for part in lengths) if data.packing else None
     length = data.max_tokens if packs is not None else tables.longest(data.max_tokens)
-    flat = None if packs is None else [row for part in packs for row in part]
-    _require_batch(tables, sum(map(len, lengths)) if flat is None else len(flat), "rows" if flat is None else "packed rows")
-    return SFTData(tables, length, packs, padded_fraction(np.concatenate(lengths), flat, length))
+    units = sum(map(len, lengths if packs is None else packs))
+    _require_batch(tables, units, "rows" if packs is None else "packed rows")
+    return SFTData(tables, length, packs, padded_fraction(np.concatenate(lengths), units, length))
 
 
 def make_preference_data(

@@ -31,7 +31,24 @@ def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     return sorted((np.sort(np.asarray(row, np.int64)) for row in rows), key=lambda row: int(row[0]))
 
 
-def padded_fraction(lengths: np.ndarray, packs: list[np.ndarray] | None, capacity: int) -> float:
-    """Share of a batch's tokens that are padding."""
-    rows = len(lengths) if packs is None else len(packs)
+def packed_rows(lengths: np.ndarray, capacity: int) -> int:
+    """How many rows `pack` makes, without their lists: millions of sequences cost no memory."""
+    room, free, rows = [0] * (capacity + 1), 0, 0  # free tokens -> number of rows with just that many
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        for _ in range(count):
+            fits = free >> length
+            left = length + (fits & -fits).bit_length() - 1 if fits else capacity
+            rows += not fits
+            room[left] -= bool(fits)
+            if not room[left]:
+                free &= ~(1 << left)
+            if left > length:
+                room[left - length] += 1
+                free |= 1 << (left - length)
+    return rows
+
+
+def padded_fraction(lengths: np.ndarray, rows: int, capacity: int) -> float:
+    """Share of a batch's tokens that are padding, for sequences in `rows` rows of `capacity` tokens."""
     return 1.0 - float(lengths.sum()) / (rows * capacity) if rows else 0.0

@@ -9,7 +9,7 @@ from rlhf_jax.config import STAGES, Data, OnlineRun, Run
 from rlhf_jax.data import buckets
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.formats import Purpose
-from rlhf_jax.data.packing import pack, padded_fraction
+from rlhf_jax.data.packing import packed_rows, padded_fraction
 from rlhf_jax.data.table import Table, open_sources, purpose_of, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
@@ -67,8 +67,8 @@ def _record(table: Table, weight: float, run: Run) -> dict[str, Any]:
     if table.purpose == "sft":
         of_train = table.lengths[table.train, 0].astype(np.int64)
         limit = table.data.max_tokens
-        record["padding"] = round(padded_fraction(of_train, None, min(limit, -(-int(lengths.max()) // 8) * 8)), 4)
-        record["padding_packed"] = round(padded_fraction(of_train, pack(of_train, limit), limit), 4)
+        record["padding"] = round(padded_fraction(of_train, len(of_train), min(limit, -(-int(lengths.max()) // 8) * 8)), 4)
+        record["padding_packed"] = round(padded_fraction(of_train, packed_rows(of_train, limit), limit), 4)
     if isinstance(run, OnlineRun) and table.purpose == "prompts" and len(table.train):
         of_train = table.lengths[table.train, 0].astype(np.int64)
         limit = int(buckets.rounded(table.lengths.max(), table.data.max_prompt_tokens))
