@@ -54,7 +54,9 @@ class Model:
     chat_template: str | None = key(None, "file with a jinja chat template; default: the tokenizer's own")
     param_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of the master weights")
     compute_dtype: Literal["float32", "bfloat16"] = key("float32", "dtype of matrix products and activations")
-    remat: Literal["none", "full", "dots", "save_attention"] = key("none", "what the backward pass recomputes")
+    remat: Literal["none", "elementwise", "dots", "save_attention", "full"] = key(
+        "elementwise", "what the backward pass recomputes"
+    )
     attention: Literal["dense", "flash"] = key("dense", "attention kernel; flash falls back to dense on CPU, and says so")
     logprob_chunk: int | None = key(
         None, "positions whose logits exist at one time; default: 128, on a CPU 16, whose logits its cache holds", "tokens"

@@ -103,7 +103,7 @@ def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -
     if online:
         parts = _multiples(run.score_parts, rows)
         yield Change("score_parts", run.score_parts, parts, _split(SCORES, run.score_parts), "fewer rows scored at a time")
-    shrinks = {"none": 0.12, "dots": 0.45, "save_attention": 0.92}
+    shrinks = {"none": 0.12, "elementwise": 0.4, "dots": 0.45, "save_attention": 0.92}
     if model.remat in shrinks:
         why = "keeps one state a layer and computes the rest again"
         yield Change("model.remat", model.remat, ["full"], _activations(lambda _: shrinks[model.remat]), why)

@@ -119,11 +119,13 @@ def attend(
     """
     rows, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    # Both products in the order of a batched matrix product, so that only q, k, v are transposed, never the scores.
+    q = q.reshape(rows, queries, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     weights = _weights(scores, visible, cap, bias, sinks)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(rows, queries, heads, head_dim)
+    out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, head_dim)
 
 
 def attend_cached(

@@ -37,7 +37,7 @@ class Decoder:
 
     spec: Spec
     compute_dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: str = "elementwise"
     kernel: str = "dense"  # of attention over whole sequences: "dense", "cudnn" or "splash"
     mesh: Mesh | None = None  # that the kernel runs on
     lora_scale: float = 1.0
@@ -147,6 +147,8 @@ def _rematerialised(remat: str, body: Callable) -> Callable:
     match remat:
         case "none":
             return body
+        case "elementwise":
+            policy = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names("attention"))
         case "full":
             policy = policies.nothing_saveable
         case "dots":
@@ -154,7 +156,7 @@ def _rematerialised(remat: str, body: Callable) -> Callable:
         case "save_attention":
             policy = policies.save_only_these_names("attention")
         case _:
-            raise ValueError(f"remat is {remat!r}; it must be none, full, dots or save_attention")
+            raise ValueError(f"remat is {remat!r}; it must be none, elementwise, full, dots or save_attention")
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 

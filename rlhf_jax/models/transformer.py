@@ -25,7 +25,7 @@ def make_model(
     spec: Spec,
     *,
     compute_dtype: Any = jnp.float32,
-    remat: str = "none",
+    remat: str = "elementwise",
     attention: str = "dense",
     constrain: stack.Constrain = stack.unconstrained,
     by_rows: Callable[..., Any] | None = None,
@@ -36,7 +36,8 @@ def make_model(
 
     Args:
         compute_dtype: of matrix products and activations; norms, softmax, logits and scores are float32 always.
-        remat: what the backward pass recomputes: "none", "full", "dots" (all but matrix products), "save_attention".
+        remat: what the backward pass recomputes: "none"; "elementwise", all but products of matrices; "dots", attention's
+            products too; "save_attention", all but attention; "full".
         attention: "dense", or "flash" where the device has a kernel for it.
         constrain: (x, logical axes) -> x, pins the sharding of activations.
         by_rows: (fn, weights, logical axes, *rows) -> fn(weights, *rows), computed apart for each device's rows.

@@ -140,7 +140,7 @@ def test_rematerialisation_changes_no_gradient(params):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, ids, mask)) * ids[..., None])))(params)
 
     plain = gradient("none")
-    for remat in ("full", "dots", "save_attention"):
+    for remat in ("elementwise", "full", "dots", "save_attention"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), plain)
     with pytest.raises(ValueError, match="remat"):
         make_model(SPEC, remat="some").hidden(params, ids, mask)
