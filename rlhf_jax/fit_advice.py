@@ -13,6 +13,7 @@ from rlhf_jax import build, checks, ops
 
 ROOM = 0.95  # of the capacity: what is expected to need more does not count as fitting
 RANK = 16  # of an adapter where there is none yet
+REMAT = {"none": 1.0, "elementwise": 0.5, "dots": 0.27, "save_attention": 0.13, "full": 0.12}  # activations that are kept
 UPDATES, SCORES, ROLLOUTS = ("learn", "update"), ("score", "reward"), ("rollout", "answer", "greedy")
 
 
@@ -103,10 +104,10 @@ def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -
     if online:
         parts = _multiples(run.score_parts, rows)
         yield Change("score_parts", run.score_parts, parts, _split(SCORES, run.score_parts), "fewer rows scored at a time")
-    shrinks = {"none": 0.12, "elementwise": 0.4, "dots": 0.45, "save_attention": 0.92}
-    if model.remat in shrinks:
-        why = "keeps one state a layer and computes the rest again"
-        yield Change("model.remat", model.remat, ["full"], _activations(lambda _: shrinks[model.remat]), why)
+    less = [name for name in REMAT if REMAT[name] < REMAT[model.remat] and name != "save_attention"]
+    if less:
+        why = "keeps less of each layer and computes it again"
+        yield Change("model.remat", model.remat, less, _activations(lambda new: REMAT[new] / REMAT[model.remat]), why)
     if model.attention == "dense":
         yield Change("model.attention", "dense", ["flash"], _activations(lambda _: 0.9), "no [T, T] scores")
     key = f"{stage}.micro_batches" if online else "micro_batches"
