@@ -132,11 +132,7 @@ class Data:
     eval_fraction: float = key(0.1, "share of the rows kept for evaluation")
     limit: int | None = key(None, "read at most this many rows", "rows")
     packing: bool = key(False, "pack several conversations into one sequence (fine-tuning)")
-    length_buckets: int | None = key(
-        None,
-        "widths of prompts; a batch has one of them, each compiles a rollout, score and update; default: as many as keep a run "
-        "within 8 programs, which is two where no reward model scores",
-    )
+    length_buckets: int = key(1, "widths of prompts; a batch has one of them, each compiles a rollout, score and update")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 A plan is cheap (tokenizer and data are read and checked, nothing is loaded or compiled); a setup has weights.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -176,8 +175,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
             f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"
         )
     prompts = settings.batch_size // algorithm.group_size
-    wanted = dataclasses.replace(settings.data, length_buckets=buckets.most_widths(settings))
-    data = make_prompt_data(wanted, tokenizer, seed=settings.seed, batch_size=prompts)
+    data = make_prompt_data(settings.data, tokenizer, seed=settings.seed, batch_size=prompts)
     ptx = None
     if getattr(settings, stage).ptx_coef > 0:
         if settings.ptx_data is None:

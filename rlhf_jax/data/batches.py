@@ -338,7 +338,7 @@ def make_prompt_data(
     tables = make_tables(data, tokenizer, "prompts", seed=seed, batch_size=batch_size, rows=rows)
     _require_batch(tables, sum(len(table.train) for table in tables.tables), "prompts")
     length, lengths, least = tables.longest(data.max_prompt_tokens), _train_lengths(tables), batch_size
-    found = buckets.make_buckets(lengths, tables.weights, count=data.length_buckets or 1, limit=length, least=least)
+    found = buckets.make_buckets(lengths, tables.weights, count=data.length_buckets, limit=length, least=least)
     return PromptData(tables, length, found)
 
 

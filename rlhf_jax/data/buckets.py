@@ -13,7 +13,6 @@ from rlhf_jax.data import order
 
 ROUND = 8  # widths are multiples of it
 MOST = 16  # widths
-PROGRAMS = 8  # that a run compiles, unless it is told to use more widths
 
 
 class Bucket(NamedTuple):
@@ -43,12 +42,6 @@ def _answers(run: OnlineRun) -> int:
 
 def prompts_of_a_step(run: OnlineRun) -> int:
     return run.batch_size // _answers(run)
-
-
-def most_widths(run: OnlineRun) -> int:
-    """How many widths a run has: `data.length_buckets`, or as many as keep it within 8 programs."""
-    within = [count for count in range(1, MOST + 1) if programs(run, count) <= PROGRAMS]
-    return run.data.length_buckets or max(within, default=1)
 
 
 def rounded(lengths: np.ndarray, limit: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def _record(table: Table, weight: float, run: Run) -> dict[str, Any]:
 
 def _widths(run: OnlineRun, lengths: np.ndarray, limit: int, least: int) -> Iterator[dict[str, Any]]:
     """What every number of widths leaves of padding, and costs in programs."""
-    own = buckets.most_widths(run)
+    own = run.data.length_buckets
     counts = sorted({1, 2, 3, 4, 6, 8, 12, buckets.MOST, own})
     made = {n: buckets.make_buckets([lengths], (1.0,), count=n, limit=limit, least=least) for n in counts}
     for found in {len(each): each for each in made.values()}.values():

@@ -122,20 +122,18 @@ def test_the_programs_of_a_run_are_counted_before_it_starts(stage: str):
         assert buckets.programs(run, 1) == len(found)
         a_width = len(set(found) - {"sync", "answer"})
         assert buckets.programs(run, 3) == len(found) + 2 * a_width
-        within = buckets.most_widths(run)
-        assert buckets.programs(run, within) <= buckets.PROGRAMS < buckets.programs(run, within + 1)
 
 
-def test_a_run_has_two_widths_by_default_where_no_reward_model_scores(tmp_path: Path):
+def test_a_run_says_its_widths_their_padding_and_its_programs(tmp_path: Path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": str((n + 7) ** 99)[: 1 + n % 50]}) for n in range(200)))
     data = Data(path=str(path), max_prompt_tokens=64, eval_fraction=0.05)
     length = config.Reward(functions=(config.RewardFunction(function="length"),))
     run = dataclasses.replace(run_of("ppo", reward=length), data=data)
-    plan = setups.plan_online("ppo", run)
-    assert len(plan.data.buckets) == 2
-    assert f"{plan.data.padded_fraction:.1%} of that is padding; 7 programs" in " ".join(plan.notes)
-    four = setups.plan_online("ppo", dataclasses.replace(run, data=dataclasses.replace(data, length_buckets=4)))
-    assert len(four.data.buckets) == 4
-    with_model = dataclasses.replace(run, reward=config.Reward(model=str(directories.reward_model())))
-    assert len(setups.plan_online("ppo", with_model).data.buckets) == 1
+    padded = []
+    for widths, programs in ((1, 4), (2, 7), (4, 13)):
+        plan = setups.plan_online("ppo", dataclasses.replace(run, data=dataclasses.replace(data, length_buckets=widths)))
+        assert len(plan.data.buckets) == widths
+        padded.append(plan.data.padded_fraction)
+        assert f"{padded[-1]:.1%} of that is padding; {programs} programs" in " ".join(plan.notes)
+    assert padded == sorted(padded, reverse=True)

@@ -57,7 +57,7 @@ def test_report_of_fine_tuning_and_prompts(pairs: str):
 def test_what_widths_of_prompts_leave_of_padding_and_cost_in_programs(tmp_path: Path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "ab " * (1 + n % 30)}) for n in range(90)))
-    data = Data(path=str(path), max_prompt_tokens=96)
+    data = Data(path=str(path), max_prompt_tokens=96, length_buckets=2)
     told = validate(PPORun(model=MODEL, data=data, sampling=Sampling(max_new_tokens=24), batch_size=8))
     rows = told.rows[0]["padding_buckets"]
     assert [(len(row["widths"]), row["programs"], row["chosen"]) for row in rows][:2] == [(1, 4, False), (2, 7, True)]
