@@ -146,6 +146,18 @@ def test_rematerialisation_changes_no_gradient(params):
         make_model(SPEC, remat="some").hidden(params, ids, mask)
 
 
+def test_rematerialisation_keeps_less_the_more_it_recomputes(params):
+    ids, mask = jnp.ones((8, 64), int), jnp.ones((8, 64), bool)
+
+    def temporaries(remat):
+        model = make_model(SPEC, remat=remat)
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.hidden(p, ids, mask)))))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    none, elementwise, dots, full = (temporaries(remat) for remat in ("none", "elementwise", "dots", "full"))
+    assert full < dots < elementwise < 0.75 * none
+
+
 def test_rows_beyond_the_tokenizer_have_no_probability_and_no_gradient(params):
     model = make_model(dataclasses.replace(SPEC, real_vocab=50))
     states = jax.random.normal(jax.random.key(2), (2, 32))
