@@ -145,7 +145,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
     rest = [leaf for part, tree in resident.items() if part not in absent for leaf in jax.tree.leaves(tree)]
     others = tree_bytes([leaf for leaf in rest if id(leaf) not in given]) / GIB
     arguments = tree_bytes(step.args) / GIB
-    traced = step.compile().trace(*step.args)
+    traced = step.compile(topology.platform).trace(*step.args)
 
     def row(temporaries: float, peak: float, cost: Cost, parts: tuple[Cost, ...] = (), error: str = "") -> Row:
         return Row(
@@ -155,7 +155,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
         )  # fmt: skip
 
     try:
-        compiled = traced.lower().compile(compiler_options=parallel.COMPILER_OPTIONS.get(topology.platform))
+        compiled = traced.lower().compile()
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:

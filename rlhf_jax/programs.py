@@ -61,9 +61,10 @@ class Program(NamedTuple):
     out: Any = None  # shardings of the results; None leaves them to the compiler
     donate: tuple[int, ...] = ()
 
-    def compile(self) -> Any:
-        """The jitted step; XLA compiles it at the first call."""
-        return parallel.compile_step(parallel.on_device(self.fn, _brought(self.args)), out=self.out, donate=self.donate)
+    def compile(self, platform: str | None = None) -> Any:
+        """The jitted step; XLA compiles it at the first call, for this process's devices or (`lower`) another platform."""
+        fn = parallel.on_device(self.fn, _brought(self.args))
+        return parallel.compile_step(fn, out=self.out, donate=self.donate, platform=platform)
 
 
 def _brought(args: tuple[Any, ...]) -> Any:

@@ -118,8 +118,7 @@ def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> 
     calibration = calibration or Calibration()
 
     def score(params: Params, rollout: Rollout) -> jax.Array:
-        hidden = model.hidden(params, rollout.tokens, rollout.mask)
-        raw = model.score(params, at_last_token(hidden, rollout.mask))
+        raw = model.score(params, at_last_token(*_from_prompts_end(model, params, rollout)))
         return (raw - calibration.mean) / calibration.std
 
     return score
@@ -160,9 +159,9 @@ def make_score_apply(model: Model) -> Callable[[Params, Params | None, Sequences
 
 def values_and_bootstrap(critic: Model, params: Params, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
     """Value of the state before every response token f32[B, R], and of the state after the last one f32[B]; one forward pass."""
-    hidden = critic.hidden(params, rollout.tokens, rollout.mask)
-    values = critic.score(params, ops.response_hidden(hidden, rollout.action_mask.shape[1]))
-    bootstrap = critic.score(params, at_last_token(hidden, rollout.mask))
+    states, mask = _from_prompts_end(critic, params, rollout)
+    values = critic.score(params, ops.response_hidden(states, rollout.action_mask.shape[1]))
+    bootstrap = critic.score(params, at_last_token(states, mask))
     return jnp.where(rollout.action_mask, values, 0.0), bootstrap
 
 
@@ -200,8 +199,17 @@ def reference_params(frozen: Frozen) -> Params:
 def response_states(model: Model, params: Params, batch: Batch) -> jax.Array:
     """Hidden states before every response token, [B, R, D], 0 where masked: no head sees what stands in padding."""
     chex.assert_rank([batch.tokens, batch.mask, batch.action_mask], 2)
-    states = ops.response_hidden(model.hidden(params, batch.tokens, batch.mask), batch.action_mask.shape[1])
+    states = ops.response_hidden(_from_prompts_end(model, params, batch)[0], batch.action_mask.shape[1])
     return blanked(states, batch.action_mask)
+
+
+def _from_prompts_end(model: Model, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Hidden states of the prompt's last token and of the response, [B, 1 + R, D], and their mask.
+
+    Nothing looks at those before them, so the model's last layer need not make them.
+    """
+    last = 1 + batch.action_mask.shape[1]
+    return model.hidden(params, batch.tokens, batch.mask, last=last), batch.mask[:, -last:]
 
 
 def responses(batch: Batch) -> jax.Array:

@@ -55,13 +55,15 @@ def markov_model(vocab_size: int, *, decay: float = 0.0) -> Model:
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        last: int | None = None,
     ) -> jax.Array:
         place = _positions(mask) if positions is None else positions
         seen = mask[:, None, :] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]
         if segments is not None:
             seen &= segments[:, :, None] == segments[:, None, :]
         past = weights(place[:, :, None] - place[:, None, :], seen)
-        return jnp.einsum("bts,bsd->btd", past, rows(params, tokens), precision="highest")
+        states = jnp.einsum("bts,bsd->btd", past, rows(params, tokens), precision="highest")
+        return states if last is None else states[:, -last:]
 
     def prefill(params: Params, tokens: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, Any]:
         spare = ((0, 0), (0, slots - tokens.shape[1]))
@@ -103,7 +105,8 @@ def check_model(model: Model, params: Params | None = None, *, tolerance: float 
     """Raise ValueError where a model breaks what sampling and scoring rely on; seconds for a small one.
 
     Logits and scores of a token may depend on the tokens before it alone: neither on the width of the padding, nor on what stands
-    in it, nor on later tokens; and reading token by token (`prefill`, `decode`) must give what reading at once (`hidden`) gives.
+    in it, nor on later tokens; and reading token by token (`prefill`, `decode`) must give what reading at once (`hidden`) gives,
+    and so must asking for the last tokens alone (`last`).
 
     Args: params, default `model.init`; tolerance, largest difference of a logit or score, relative to 1 + its size.
     """
@@ -114,6 +117,7 @@ def check_model(model: Model, params: Params | None = None, *, tolerance: float 
 
     heads = parallel.compile_step(lambda params, states: (model.logits(params, states), model.score(params, states)))
     read = parallel.compile_step(lambda params, tokens, mask: model.hidden(params, tokens, mask))
+    tail = parallel.compile_step(lambda params, tokens, mask: model.hidden(params, tokens, mask, last=responses + 1))
     known = heads(params, read(params, rollout.tokens, rollout.mask))
 
     def compare(what: str, found: jax.Array, at: np.ndarray) -> None:
@@ -129,6 +133,8 @@ def check_model(model: Model, params: Params | None = None, *, tolerance: float 
     last[:, -1] = other[:, -1]
     earlier = mask & (np.arange(mask.shape[1]) < mask.shape[1] - 1)
     compare("a later token", read(params, _i32(last), rollout.mask), earlier)
+    states = read(params, rollout.tokens, rollout.mask).at[:, -(responses + 1) :].set(tail(params, rollout.tokens, rollout.mask))
+    compare("asking for the last tokens alone", states, mask)
     compare("reading token by token", _token_by_token(model, params, rollout, prompt), mask)
 
 

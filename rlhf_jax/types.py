@@ -159,7 +159,8 @@ class Model:
 
     vocab_size: int  # V, rows of the embedding; rows beyond the tokenizer have logit -inf
     init: Callable[..., Params]  # (key, *, head="lm" | "score") -> params
-    hidden: Callable[..., jax.Array]  # (params, tokens[B,T], mask[B,T], *, positions=None, segments=None) -> [B,T,D]
+    # (params, tokens[B,T], mask[B,T], *, positions=None, segments=None, last=None) -> [B,T,D]; last=n: the last n tokens' [B,n,D]
+    hidden: Callable[..., jax.Array]
     logits: Callable[[Params, jax.Array], jax.Array]  # (params, hidden[..., D]) -> f32[..., V]
     score: Callable[[Params, jax.Array], jax.Array]  # (params, hidden[..., D]) -> f32[...], scalar head
     prefill: Callable[..., tuple[jax.Array, Any]]  # (params, tokens[B,P], mask[B,P], slots) -> hidden[B,P,D], cache

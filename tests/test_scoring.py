@@ -97,7 +97,8 @@ def with_heads(model: Model) -> Model:
 def poisoned(params, tokens, mask, **keys):
     """Hidden states, NaN after the last token."""
     ends = jnp.cumsum(mask[:, ::-1], 1)[:, ::-1] == 0
-    return jnp.where(ends[..., None], jnp.nan, MODEL.hidden(params, tokens, mask, **keys))
+    states = MODEL.hidden(params, tokens, mask, **keys)
+    return jnp.where(ends[:, -states.shape[1] :, None], jnp.nan, states)
 
 
 def test_padding_reaches_neither_values_nor_gradients():

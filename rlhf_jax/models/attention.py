@@ -25,14 +25,16 @@ class Keys(NamedTuple):
 
 
 def make_dense(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
-    """Attention of one call. The layer says by number which of the windows is its own."""
+    """Attention of one call. The layer says by number which of the windows is its own; q may be of the last tokens only."""
     visible = tuple(within_window(keys, window) for window in windows)
     bias = None
     if spec.positions == "alibi":
         bias = position_bias(keys, alibi_slopes(spec.heads) * np.float32(spec.alibi_scale))
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, window: Any, scale: Any, sinks: jax.Array | None) -> jax.Array:
-        return attend(q, k, v, pick(visible, window), scale=scale, cap=spec.attention_cap, bias=bias, sinks=sinks)
+        n = q.shape[1]
+        seen, distance = pick(visible, window)[:, -n:], None if bias is None else bias[:, :, -n:]
+        return attend(q, k, v, seen, scale=scale, cap=spec.attention_cap, bias=distance, sinks=sinks)
 
     return apply
 

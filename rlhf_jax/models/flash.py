@@ -49,7 +49,7 @@ def make_cudnn(keys: Keys, windows: list[int | None]) -> Attend:
         mask = pick(visible, window)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation="cudnn")
 
-    return apply
+    return _of_last_tokens(apply)
 
 
 def make_splash(spec: Spec, keys: Keys, windows: list[int | None], mesh: Mesh | None, *, interpret: bool = False) -> Attend:
@@ -76,6 +76,16 @@ def make_splash(spec: Spec, keys: Keys, windows: list[int | None], mesh: Mesh | 
         else:
             out = jax.lax.switch(window, branches, *parts, segments)
         return out.swapaxes(1, 2)[:, :length].astype(q.dtype)
+
+    return _of_last_tokens(apply)
+
+
+def _of_last_tokens(attend: Attend) -> Attend:
+    """The kernel, where q may be of the last tokens only: it is run on as many queries as keys, the first ones zero."""
+
+    def apply(q: jax.Array, k: jax.Array, *rest: Any) -> jax.Array:
+        missing = k.shape[1] - q.shape[1]
+        return attend(jnp.pad(q, ((0, 0), (missing, 0), (0, 0), (0, 0))), k, *rest)[:, missing:]
 
     return apply
 

@@ -40,8 +40,9 @@ def without_cache(
         seen = jax.lax.dynamic_update_slice(seen, token[:, None].astype(seen.dtype), (0, slot))
         return jax.lax.dynamic_index_in_dim(hidden(params, seen, valid), slot, 1, keepdims=False), seen
 
-    def packed(params: Params, tokens: jax.Array, mask: jax.Array, *, positions: Any = None, segments: Any = None) -> jax.Array:
-        given = {name: x for name, x in (("positions", positions), ("segments", segments)) if x is not None}
-        return hidden(params, tokens, mask, **given)
+    def states(params: Params, tokens: jax.Array, mask: jax.Array, *, last: int | None = None, **packing: Any) -> jax.Array:
+        given = {name: x for name, x in packing.items() if x is not None}
+        found = hidden(params, tokens, mask, **given)
+        return found if last is None else found[:, -last:]
 
-    return Model(vocab_size=vocab_size, init=init, hidden=packed, logits=logits, score=score, prefill=prefill, decode=decode)
+    return Model(vocab_size=vocab_size, init=init, hidden=states, logits=logits, score=score, prefill=prefill, decode=decode)

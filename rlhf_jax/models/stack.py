@@ -25,6 +25,10 @@ from rlhf_jax.types import Params
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
+# Tokens a layer that the last one must be able to leave out before it is taken out of the scan. Taking it out copies the others'
+# weights, 8 bytes each, and saves 2 operations a token and weight of one; machines do 40 to 300 operations a byte.
+WORTH_A_COPY = 200
+
 
 def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """No sharding."""
@@ -69,27 +73,38 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
+    last: int | None = None,
 ) -> jax.Array:
-    """States after the final norm, [B, T, D] in the compute dtype.
+    """States after the final norm, [B, T, D] in the compute dtype; with `last`, those of the last `last` tokens alone.
 
     Args:
         params: stacked, or as `for_decoding` leaves them.
         tokens: i32[B, T]; mask: bool[B, T], True on tokens.
         positions: i32[B, T]; default cumsum(mask) - 1, so that the width of the padding changes nothing.
         segments: i32[B, T], number of the packed sequence a token belongs to; it sees that one alone.
+        last: where it pays, the last layer computes nothing but keys and values for the tokens before these.
     """
     chex.assert_rank([tokens, mask], 2)
     chex.assert_equal_shape([tokens, mask])
     positions = positions_of(mask) if positions is None else positions
     shared = share(d, attn.causal(mask.astype(bool), positions, segments), bound=tokens.shape[1])
     x = embed(d, params, tokens, positions)
+    of = kinds(d.spec)
     if isinstance(params.get("layers"), list):
-        for p, kind in zip(params["layers"], kinds(d.spec), strict=True):
+        for p, kind in zip(params["layers"][:-1], of[:-1], strict=True):
             x, _ = block(d, p, x, shared, kind, whole)
-        return finish(d, params, x)
-    for name, members in groups(d.spec).items():
-        x = _scan(d, params[name], x, shared, [kinds(d.spec)[i] for i in members])
-    return finish(d, params, x)
+        return finish(d, params, block(d, params["layers"][-1], x, shared, of[-1], whole, last)[0])
+    *runs, (name, members) = groups(d.spec).items()
+    for run, numbers in runs:
+        x = _scan(d, params[run], x, shared, [of[i] for i in numbers])
+    if last is None or len(members) * WORTH_A_COPY > tokens[:, :-last].size:
+        x = _scan(d, params[name], x, shared, [of[i] for i in members])
+        return finish(d, params, _only(last, x))
+    *others, final = members
+    if others:
+        x = _scan(d, jax.tree.map(lambda leaf: leaf[:-1], params[name]), x, shared, [of[i] for i in others])
+    body = _rematerialised(d.remat, lambda x, p: block(d, p, x, shared, of[final], whole, last)[0])
+    return finish(d, params, body(x, jax.tree.map(lambda leaf: leaf[-1], params[name])))
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
@@ -186,12 +201,15 @@ def finish(d: Decoder, params: Params, x: jax.Array) -> jax.Array:
     return d.constrain(x, ("batch", "seq", None))
 
 
-def block(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, keep: Callable) -> tuple[jax.Array, Any]:
-    """One layer; also returns the keys and values it attended to."""
+def block(
+    d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, keep: Callable, last: int | None = None
+) -> tuple[jax.Array, Any]:
+    """One layer, of the last `last` tokens if that is given; also returns the keys and values it attended to."""
     spec = d.spec
     before = spec.norms in ("before", "around")
     normed = normalise(spec, p["attention_norm"], x) if before else x
-    out, kept = _attention(d, p["attention"], normed, shared, kind, keep)
+    out, kept = _attention(d, p["attention"], normed, shared, kind, keep, last)
+    x, normed = _only(last, x), _only(last, normed)
     if "attention_post_norm" in p:
         out = normalise(spec, p["attention_post_norm"], out)
     if spec.branches == "serial":
@@ -212,9 +230,15 @@ def block(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, keep:
     return d.constrain(x, ("batch", "seq", None)), kept
 
 
-def _attention(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, keep: Callable) -> tuple[jax.Array, Any]:
+def _only(last: int | None, x: jax.Array) -> jax.Array:
+    return x if last is None else x[:, -last:]
+
+
+def _attention(
+    d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, keep: Callable, last: int | None
+) -> tuple[jax.Array, Any]:
     spec = d.spec
-    q, k, v = (dense(p[name], x, d.lora_scale) for name in ("q", "k", "v"))
+    q, (k, v) = dense(p["q"], _only(last, x), d.lora_scale), (dense(p[name], x, d.lora_scale) for name in "kv")
     if spec.qk_norm == "all":
         q, k = normalise(spec, p["q_norm"], q), normalise(spec, p["k_norm"], k)
     q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in (q, k, v))
@@ -222,12 +246,13 @@ def _attention(d: Decoder, p: Params, x: jax.Array, shared: Shared, kind: Kind, 
         q, k = normalise(spec, p["q_norm"], q), normalise(spec, p["k_norm"], k)
     if spec.positions == "rope":
         cos, sin = attn.pick(shared.cos, kind.rope), attn.pick(shared.sin, kind.rope)
-        q, k = ropes.rotate(q, cos, sin, spec.rope_pairs), ropes.rotate(k, cos, sin, spec.rope_pairs)
+        q = ropes.rotate(q, _only(last, cos), _only(last, sin), spec.rope_pairs)
+        k = ropes.rotate(k, cos, sin, spec.rope_pairs)
     q = d.constrain(q, ("batch", "seq", "heads", None))
     k, v = (d.constrain(y, ("batch", "seq", "kv", None)) for y in (k, v))
     k, v = kept = keep(k, v)
     out = shared.attend(q, k, v, kind.window, kind.scale, p.get("sinks"))
-    out = out.reshape(*x.shape[:2], -1)
+    out = out.reshape(*out.shape[:2], -1)
     if d.kernel != "splash":  # which names its own results
         out = checkpoint_name(out, "attention")
     return dense(p["o"], out, d.lora_scale), kept

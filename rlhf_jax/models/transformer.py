@@ -64,8 +64,8 @@ def make_model(
     return Model(
         vocab_size=spec.vocab_size,
         init=lambda key, *, head="lm": params.init(spec, key, head=head),
-        hidden=lambda tree, tokens, mask, *, positions=None, segments=None: stack.hidden(
-            d, tree, tokens, mask, positions=positions, segments=segments
+        hidden=lambda tree, tokens, mask, *, positions=None, segments=None, last=None: stack.hidden(
+            d, tree, tokens, mask, positions=positions, segments=segments, last=last
         ),
         logits=lambda tree, x: heads.logits(spec, tree, x),
         score=heads.score,

@@ -15,7 +15,7 @@ import reference as ref
 
 from rlhf_jax.config import Scratch
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import at_fixed_length, make_model, scratch_spec, spec_of
+from rlhf_jax.models import at_fixed_length, make_model, scratch_spec, spec_of, stack
 from rlhf_jax.models.attention import alibi_slopes
 from rlhf_jax.models.heads import PADDED_LOGIT
 
@@ -30,6 +30,21 @@ WINDOWED = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "sliding_window": 4,
+}
+
+ALTERNATING = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 2,
+    "norm_topk_prob": True,
 }
 
 
@@ -130,6 +145,47 @@ def test_a_row_of_padding_alone_harms_no_gradient(params):
         return jnp.sum(jnp.where(mask[..., None], states, 0.0))
 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise"])
+@pytest.mark.parametrize("spec", [SPEC, spec_of(WINDOWED), spec_of(ALTERNATING)], ids=["full", "windows", "experts"])
+def test_last_tokens_alone_have_the_same_states_and_gradients(spec, remat, monkeypatch):
+    """Stacked, as a list and with a last layer that is a stack of its own (experts on every second layer)."""
+    monkeypatch.setattr(stack, "WORTH_A_COPY", 0)
+    model = make_model(spec, remat=remat)
+    params = model.init(jax.random.key(4))
+    ids, mask = batch()
+    mask[0, :3] = False
+
+    def loss(states):
+        return jnp.sum(jnp.sin(states) * ids[:, -4:, None]), states
+
+    whole = jax.jit(jax.value_and_grad(lambda p: loss(model.hidden(p, ids, mask)[:, -4:]), has_aux=True))
+    last = jax.jit(jax.value_and_grad(lambda p: loss(model.hidden(p, ids, mask, last=4)), has_aux=True))
+    (_, states), gradient = whole(params)
+    (_, found), found_gradient = last(params)
+    np.testing.assert_allclose(found, states, atol=2e-6, rtol=0)
+    for a, b in zip(jax.tree.leaves(found_gradient), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+    np.testing.assert_allclose(model.hidden(model.for_decoding(params), ids, mask, last=4), states, atol=2e-6, rtol=0)
+
+
+def test_the_last_layer_computes_the_last_tokens_alone_where_that_pays(params, monkeypatch):
+    """Operations as XLA counts them, a scan's body once: a last layer that stands outside comes on top of it."""
+    model = make_model(SPEC)
+    ids, mask = jnp.ones((4, 64), int), jnp.ones((4, 64), bool)
+
+    def work(last, layout=lambda p: p):
+        run = jax.jit(lambda p: model.hidden(layout(p), ids, mask, last=last))
+        return run.lower(params).compile().cost_analysis()["flops"]
+
+    layer = 2 * 4 * 64 * sum(x[0].size for x in jax.tree.leaves(params["layers"]) if x.ndim == 3)
+    unstacked = model.for_decoding
+    assert work(None, unstacked) - work(8, unstacked) > 0.7 * 56 / 64 * layer
+    assert 3 * stack.WORTH_A_COPY > 4 * 56
+    assert work(8) < work(None) + 0.05 * layer
+    monkeypatch.setattr(stack, "WORTH_A_COPY", 4 * 56 // 3)
+    assert work(None) + 0.05 * layer < work(8) < work(None) + 0.5 * layer
 
 
 def test_rematerialisation_changes_no_gradient(params):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
-from rlhf_jax.models import FAMILIES, load_checkpoint, make_model
+from rlhf_jax.models import FAMILIES, load_checkpoint, make_model, stack
 from rlhf_jax.models.heads import rightmost_non_pad
 
 
@@ -22,8 +22,12 @@ def test_every_family_has_a_variant():
 
 
 @pytest.mark.parametrize("name", cases.VARIANTS)
-def test_logits_and_scores_are_those_of_transformers(name, tmp_path):
-    """Left padding, right padding and none (the first row is as long as the batch) in one batch of six."""
+def test_logits_and_scores_are_those_of_transformers(name, tmp_path, monkeypatch):
+    """Left padding, right padding and none (the first row is as long as the batch) in one batch of six.
+
+    Asked for the last tokens alone, the model says the same of them.
+    """
+    monkeypatch.setattr(stack, "WORTH_A_COPY", 0)
     checkpoint = load_checkpoint(ref.checkpoint(tmp_path, name))
     scorer = load_checkpoint(ref.checkpoint(tmp_path / "reward", name, head="score"), head="score")
     model = make_model(checkpoint.spec)
@@ -32,9 +36,11 @@ def test_logits_and_scores_are_those_of_transformers(name, tmp_path):
 
     def forward(params, head, ids, mask):
         states = model.hidden(params, ids, mask)
-        return model.logits(params, states), model.score(head, states)
+        return model.logits(params, states), model.score(head, states), states, model.hidden(params, ids, mask, last=5)
 
-    logits, scores = jax.jit(forward, compiler_options=ref.FAST)(checkpoint.params, {"score": scorer.params["score"]}, ids, mask)
+    forward = jax.jit(forward, compiler_options=ref.FAST)
+    logits, scores, states, last = forward(checkpoint.params, {"score": scorer.params["score"]}, ids, mask)
+    np.testing.assert_allclose(last[mask[:, -5:]], states[:, -5:][mask[:, -5:]], atol=1e-5, rtol=0)
     expected, atol = ref.reference(name).outputs, 2e-4 if name in ref.MIXTURES else 1e-4
     logp = np.asarray(jax.nn.log_softmax(logits))
     for half, (side_ids, side_mask) in enumerate(pairs):

@@ -46,6 +46,9 @@ def test_splash_computes_what_dense_attention_does(windows, index, packed):
     (_, splash), splash_gradient = run(flash.make_splash(spec, keys, windows, None, interpret=True))
     np.testing.assert_allclose(splash, dense, atol=2e-6, rtol=0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), splash_gradient, dense_gradient)
+    for attend in (attn.make_dense(spec, keys, windows), flash.make_splash(spec, keys, windows, None, interpret=True)):
+        last = jax.jit(attend)(q[:, -11:], k, v, which, 0.25, None)
+        np.testing.assert_allclose(jnp.where(mask[:, -11:, None, None], last, 0.0), dense[:, -11:], atol=2e-6, rtol=0)
 
 
 def test_flash_on_cpu_is_dense_and_says_so_once():
