@@ -88,8 +88,11 @@ def test_in_bfloat16_the_mesh_changes_numbers_by_rounding_alone() -> None:
     """Also: XLA's CPU compiler, which aborts on some bfloat16 sums over devices, compiles and runs it."""
     (loss, gradients), (wanted, theirs) = (loss_and_gradients(shape, "bfloat16") for shape in ((2, 2, 2), (1, 1, 1)))
     np.testing.assert_allclose(loss, wanted, rtol=1e-3)
-    for got, want in zip(gradients, theirs, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * float(np.abs(want).max()))
+    exact = loss_and_gradients((1, 1, 1), "float32")[1]
+    for got, want, true in zip(gradients, theirs, exact, strict=True):
+        rounding = np.linalg.norm(want - true)  # what bfloat16 costs on one device: 1.4 to 2.4 % of the gradient
+        assert rounding < 0.03 * np.linalg.norm(true)
+        assert np.linalg.norm(got - want) < 1.5 * rounding
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")

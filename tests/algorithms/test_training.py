@@ -202,7 +202,8 @@ def test_moments_that_wait_in_the_hosts_memory_give_the_same_steps_and_go_back()
     wanted, found = jax.jit(steps)(state), compiled(away)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(found.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
-    same(jax.device_get(found), jax.device_get(wanted))
+    for got, want in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(jax.device_get(wanted)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-7, atol=0)  # two programs, fused differently: a rounding apart on jax 0.12
     (loop,) = [eqn for eqn in jax.make_jaxpr(compiled)(away).jaxpr.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"]
     inside = [eqn.primitive.name for eqn in loop.params["jaxpr"].eqns]
     assert "optimization_barrier" in inside
