@@ -93,6 +93,8 @@ def test_in_bfloat16_the_mesh_changes_numbers_by_rounding_alone() -> None:
         rounding = np.linalg.norm(want - true)  # what bfloat16 costs on one device: 1.4 to 2.4 % of the gradient
         assert rounding < 0.03 * np.linalg.norm(true)
         assert np.linalg.norm(got - want) < 1.5 * rounding
+        if jax.__version_info__ < (0, 11):  # later versions round the two differently, up to 2.8 %
+            np.testing.assert_allclose(got, want, rtol=0, atol=0.02 * float(np.abs(want).max()))
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")

@@ -198,13 +198,14 @@ def test_moments_that_wait_in_the_hosts_memory_give_the_same_steps_and_go_back()
     where = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     away = state.replace(opt_state=jax.tree.map(lambda x: jax.device_put(x, where) if x.ndim else x, state.opt_state))
     shardings = jax.tree.map(lambda x: x.sharding, away)
-    compiled = jax.jit(steps, out_shardings=shardings)
-    wanted, found = jax.jit(steps)(state), compiled(away)
+    unfused = {"xla_disable_hlo_passes": "fusion"}  # XLA fuses the two programs differently, a rounding apart on jax 0.12
+    compiled = jax.jit(steps, out_shardings=shardings, compiler_options=unfused)
+    wanted, found = jax.jit(steps, compiler_options=unfused)(state), compiled(away)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(found.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
-    for got, want in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(jax.device_get(wanted)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-7, atol=0)  # two programs, fused differently: a rounding apart on jax 0.12
-    (loop,) = [eqn for eqn in jax.make_jaxpr(compiled)(away).jaxpr.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"]
+    same(jax.device_get(found), jax.device_get(wanted))
+    traced = jax.make_jaxpr(jax.jit(steps, out_shardings=shardings))(away).jaxpr.eqns[0].params["jaxpr"]
+    (loop,) = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
     inside = [eqn.primitive.name for eqn in loop.params["jaxpr"].eqns]
     assert "optimization_barrier" in inside
     assert inside.count("device_put") == 2 * len([x for x in jax.tree.leaves(away.opt_state) if x.ndim])

@@ -20,26 +20,17 @@ from rlhf_jax.models.attention import alibi_slopes
 from rlhf_jax.models.heads import PADDED_LOGIT
 
 SPEC = scratch_spec(Scratch(width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, tied=False), 64)
-WINDOWED = {
-    "model_type": "gemma2",
+TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
-    "sliding_window": 4,
 }
-
-ALTERNATING = {
+WINDOWED = TINY | {"model_type": "gemma2", "head_dim": 8, "sliding_window": 4}
+ALTERNATING = TINY | {
     "model_type": "qwen3_moe",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
