@@ -42,6 +42,7 @@ class Pending(NamedTuple):
     rollout: Rollout
     parts: dict[str, float | jax.Array]
     prompt_tokens: int  # without padding
+    answer_tokens: jax.Array  # i32[]
     began: float
 
 
@@ -92,10 +93,11 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
         state = evaluate(setup, state, session, start)
     for step in range(start, settings.steps):
         session.begin(step + 1)
-        began, key = time.perf_counter(), jax.random.fold_in(root, step)
-        batch = setup.prompts(step)
+        key, batch = jax.random.fold_in(root, step), setup.prompts(step)
         prompts, prompt_tokens = setup.place(batch), int(batch.mask.sum()) * setup.plan.algorithm.group_size
         critic = None if state.critic is None else state.critic.params
+        jax.block_until_ready(state.step)  # or the decoding copy would lie beside the update that its parameters come from
+        began = time.perf_counter()
         with recorder.phase("rollout", step + 1) as until, health.phase("rollout", setup.components):
             decoding = do["sync"](state.actor.params, frozen.actor)
             rollout = do["rollout"](decoding, prompts, key)
@@ -112,11 +114,12 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
             until(scores.total)
         with recorder.phase("update", step + 1) as until:
             jax.block_until_ready((rollout, greedy))  # or the decoding copy's memory is not free for the update
+            answer_tokens = rollout.action_mask.sum()  # before the update, or who reads it waits for the update
             state, metrics = do["learn"](state, frozen, rollout, scores.total, scored, key, setup.ptx_batch(step))
             until(metrics)
             if pending is not None:
-                finish(setup, session, pending)
-            pending = Pending(step + 1, metrics, rollout, scores.parts, prompt_tokens, began)
+                finish(setup, session, pending, began)
+            pending = Pending(step + 1, metrics, rollout, scores.parts, prompt_tokens, answer_tokens, began)
         if session.pause_due(step + 1):
             finish(setup, session, pending)
             pending = None
@@ -185,15 +188,15 @@ def reward_input(setup: OnlineSetup, rollout: Rollout, rows: int | None = None) 
     return RewardInput(setup.data.texts(index), texts, finished, setup.data.columns(index))
 
 
-def finish(setup: OnlineSetup, session: Session, pending: Pending) -> None:
-    """Read the results of a step and write its row; blocks until the device has computed them."""
+def finish(setup: OnlineSetup, session: Session, pending: Pending, ended: float | None = None) -> None:
+    """Read the results of a step and write its row; blocks until the device has computed them: at `ended`, or just now."""
     found: dict[str, Any] = dict(pending.metrics)
     found |= {name: float(np.mean(parallel.fetch(part))) for name, part in pending.parts.items()}
     if setup.gold is not None:
         found["reward/gold"] = float(np.mean(setup.gold(reward_input(setup, pending.rollout))))
-    tokens = int(parallel.fetch(pending.rollout.action_mask.sum()))
+    tokens = int(parallel.fetch(pending.answer_tokens))
     jax.block_until_ready(pending.metrics)
-    seconds = time.perf_counter() - pending.began
+    seconds = (time.perf_counter() if ended is None else ended) - pending.began
     found |= {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
     slots, answers = pending.rollout.tokens.size, pending.rollout.action_mask.size
     found["data/padded_fraction"] = 1 - (pending.prompt_tokens + tokens) / slots

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import threading
+import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,37 @@ def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
     resumed = setups.set_up_online(setups.plan_online("ppo", settings)).abstract
     state = checkpoint.Checkpoints(tmp_path / "ppo" / "checkpoints", keep_last=1).restore(resumed).state
     assert kinds(state.actor.opt_state) == {"pinned_host"}
+
+
+def test_a_step_has_its_own_seconds_and_no_decoding_copy_lies_beside_an_update(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only rewards move: a second each."""
+    ready: list[bool] = []  # whether the parameters were there when they were to be copied
+    set_up = setups.set_up_online
+
+    def wrapped(plan: setups.OnlinePlan) -> setups.OnlineSetup:
+        made = set_up(plan)
+
+        def sync(params: Any, frozen: Any) -> Any:
+            ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(params)))
+            return made.do["sync"](params, frozen)
+
+        def reward(batch: Any) -> Any:
+            assert made.host_reward is not None
+            clock.now += 1
+            return made.host_reward(batch)
+
+        return dataclasses.replace(made, do={**made.do, "sync": sync}, host_reward=reward)
+
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(online, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(setups, "set_up_online", wrapped)
+    settings = ppo_run(tmp_path / "ppo", base / "sft" / "final", None, steps=4, log=config.Log(eval_every=0))
+    out = online.run("ppo", dataclasses.replace(settings, save=config.Save(every=0)))
+    assert [row["time/step_s"] for row in rows_of(out, "time/step_s")] == [1.0] * 4
+    assert len(ready) > 4
+    assert all(ready)
 
 
 def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:
