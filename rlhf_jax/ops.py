@@ -10,6 +10,7 @@ from typing import Any, Literal
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Estimator = Literal["k1", "k2", "k3", "k1_plus", "k3_plus"]
 Variance = Literal["unbiased", "population"]
@@ -18,6 +19,7 @@ Aggregation = Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_to
 LOG_RATIO_CAP = 80.0  # exp(80) = 5.5e34 is still finite in float32; beyond, a ratio is a constant with gradient 0
 ZERO_PROBABILITY = -1e4  # log-probability that counts for an impossible token of the reference, nats: a KL stays finite
 CHUNK = 128  # positions whose logits exist at one time, where nothing else is asked for
+NORMALIZER = "normalizer"  # of a softmax over the vocabulary: the only thing that a chunk keeps for its backward pass
 WHITEN_EPS = 1e-8  # added to the variance, as every peer does
 
 
@@ -112,10 +114,35 @@ def log_softmax(logits: jax.Array) -> jax.Array:
     Logits of -inf are impossible tokens (log-probability -inf, gradient 0), also when a whole row is.
     """
     logits = logits.astype(jnp.float32)
+    top, log_total = _normalizer(logits)
+    return logits - top - log_total
+
+
+def _normalizer(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What log_softmax subtracts from f32[..., V], in this order: the maximum and log sum exp(logits - maximum), f32[..., 1]."""
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
-    total = jnp.sum(jnp.exp(shifted), -1, keepdims=True)
-    return shifted - jnp.log(jnp.where(total == 0, 1.0, total))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    total = jnp.sum(jnp.exp(logits - top), -1, keepdims=True)
+    return top, jnp.log(jnp.where(total == 0, 1.0, total))
+
+
+@jax.custom_vjp
+def _target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """`logits_logprobs` of float32. Where a backward pass computes the logits again, it does not normalise them again."""
+    return _pick(log_softmax(logits), targets)
+
+
+def _target_logprobs_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    top, log_total = (checkpoint_name(x, NORMALIZER) for x in _normalizer(logits))
+    return _pick(logits - top - log_total, targets), (logits, targets, top, log_total)
+
+
+def _target_logprobs_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None]:
+    logits, targets, top, log_total = saved
+    return gradient[..., None] * (_is_target(logits.shape, targets) - jnp.exp(logits - top - log_total)), None
+
+
+_target_logprobs.defvjp(_target_logprobs_forward, _target_logprobs_backward)
 
 
 def _pick(table: jax.Array, targets: jax.Array) -> jax.Array:
@@ -233,7 +260,8 @@ def _over_chunks(function: Callable[..., Any], chunk: int | None, arrays: tuple[
     def join(y: jax.Array) -> jax.Array:
         return jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *y.shape[3:])[:, :length]
 
-    body = jax.checkpoint(lambda slices: function(*slices), prevent_cse=False)
+    policy = jax.checkpoint_policies.save_only_these_names(NORMALIZER)
+    body = jax.checkpoint(lambda slices: function(*slices), policy=policy, prevent_cse=False)
     _, out = jax.lax.scan(lambda carry, slices: (carry, body(slices)), None, jax.tree.map(split, arrays))
     return jax.tree.map(join, out)
 
@@ -267,8 +295,7 @@ def token_logprobs(
 
     def head(hidden: jax.Array, targets: jax.Array, kept: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         logits = sampled_logits(unembed(hidden), temperature=temperature, kept=kept, targets=targets)
-        logprobs = log_softmax(logits)
-        return _pick(logprobs, targets), _entropy(logprobs) if entropy else None
+        return _target_logprobs(logits, targets), logits_entropy(logits) if entropy else None
 
     out = _over_chunks(head, chunk, (_blank(hidden, mask), targets, kept))
     return out if mask is None else jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)

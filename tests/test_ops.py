@@ -175,6 +175,17 @@ def test_chunked_gradients_equal_the_whole(model):
         oracles.close(got, want, rtol=1e-5)
 
 
+def test_the_backward_pass_computes_logits_again_but_normalises_once(model):
+    hidden, matrix, targets = model
+
+    def loss(hidden):
+        return ops.token_logprobs(hidden, lambda h: h @ matrix, targets, chunk=3)[0].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(hidden))
+    assert text.count("dot_general") == 3  # forward, again, gradient
+    assert text.count("reduce_max") == 1
+
+
 def sizes(jaxpr):
     """Shapes of every intermediate of a jaxpr, those of inner loops included."""
     for equation in jaxpr.eqns:
