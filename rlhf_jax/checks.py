@@ -295,6 +295,8 @@ def _online(config: c.OnlineRun) -> Iterator[Problem]:
     if getattr(group, "critic_warmup", 0) > config.steps:
         text = f"{name}.critic_warmup is {group.critic_warmup}; it must be at most steps = {config.steps}"
         yield Problem(f"{name}.critic_warmup", text)
+    if config.data.packing:
+        yield from _packing(config, name, group)
     size = getattr(group, "group_size", 1)
     if config.batch_size % size:
         near = _nearest(_divisors(config.batch_size), size)
@@ -308,6 +310,22 @@ def _online(config: c.OnlineRun) -> Iterator[Problem]:
         yield Problem(f"{name}.ptx_coef", text)
     if config.ptx_data is not None:
         yield from _data(config.ptx_data, "ptx_data")
+
+
+def _packing(config: c.OnlineRun, name: str, group: Any) -> Iterator[Problem]:
+    if group.micro_batches == 1:
+        rows = config.batch_size // group.minibatches
+        text = (
+            f"data.packing computes no more micro-batches than the sequences fill, and {name}.micro_batches is 1, so nothing "
+            f"could be left out; set it to 8 or 16, a divisor of the {rows} answers of a minibatch"
+        )
+        yield Problem(f"{name}.micro_batches", text)
+    if getattr(group, "compat", "none") != "none":
+        text = (
+            f"{name}.compat is {group.compat}, whose losses are means over one micro-batch, and data.packing puts other answers "
+            "together; choose one of the two"
+        )
+        yield Problem("data.packing", text)
 
 
 def _reward(config: c.OnlineRun) -> Iterator[Problem]:

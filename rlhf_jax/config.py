@@ -126,12 +126,14 @@ class Data:
     )
     chat: bool = key(False, "questions and answers given as strings become messages, which the chat template writes")
     max_prompt_tokens: int = key(256, "length P of prompts", "tokens")
-    max_tokens: int = key(512, "length of a whole training sequence", "tokens")
+    max_tokens: int = key(512, "length of a whole training sequence, and of a packed row", "tokens")
     long_prompts: Literal["error", "drop", "truncate_left"] = key("drop", "what happens to a prompt longer than allowed")
     on_bad_rows: Literal["error", "skip"] = key("error", "what happens to a row that cannot be read")
     eval_fraction: float = key(0.1, "share of the rows kept for evaluation")
     limit: int | None = key(None, "read at most this many rows", "rows")
-    packing: bool = key(False, "pack several conversations into one sequence (fine-tuning)")
+    packing: bool = key(
+        False, "several sequences share a row: conversations, or prompts with answers while they are scored and trained on"
+    )
     length_buckets: int = key(1, "widths of prompts; a batch has one of them, each compiles a rollout, score and update")
 
 

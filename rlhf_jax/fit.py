@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +86,7 @@ def fit(stage: str, run: Any, topology: topologies.Topology, *, only: tuple[str,
     unknown = set(only) - set(steps)
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: this run has the programs {', '.join(steps)}")
-    turns = _turns(stage, run)
+    turns = turns_of(stage, run, parallel.axis_size(mesh, "batch"))
     rows = [measure(name, step, topology, resident, turns) for name, step in steps.items() if not only or name in only]
     sizes = {name: tree_bytes(tree) / GIB for name, tree in resident.items()}
     advice = []
@@ -123,18 +125,31 @@ def _shape(run: Any, mesh: Mesh) -> fit_advice.Shape:
     return fit_advice.Shape(spec.vocab_size, spec.width, math.gcd(spec.heads, spec.mlp_width, spec.vocab_size), cache / GIB)
 
 
-class Turns(NamedTuple):
-    """How often loops run."""
+SAMPLERS = ("rollout", "answer", "greedy")
 
-    decode: int = 1  # steps of a rollout after the first token, when no answer ends early
+
+class Turns(NamedTuple):
+    """How often loops run, when every answer is as long as it may be."""
+
+    loops: Mapping[str, int] = MappingProxyType({})  # by program, those that data end: steps of a rollout, packed parts
     updates: int = 1  # optimiser steps of an update
 
 
-def _turns(stage: str, run: Any) -> Turns:
+def turns_of(stage: str, run: Any, ways: int) -> Turns:
+    """Of a run whose batches are split over `ways` devices."""
     if not hasattr(run, "sampling"):
         return Turns()
-    settings = getattr(run, stage)
-    return Turns(max(run.sampling.max_new_tokens - 1, 1), settings.epochs * settings.minibatches)
+    settings, length = getattr(run, stage), run.data.max_prompt_tokens + run.sampling.max_new_tokens
+    loops: dict[str, int] = dict.fromkeys(SAMPLERS, max(run.sampling.max_new_tokens - 1, 1))
+    if run.data.packing:
+        rows, width = programs.packed_shape(stage, run, length, ways)
+        for name, batch in (
+            ("score", run.batch_size),
+            ("reward", run.batch_size),
+            ("learn", run.batch_size // settings.minibatches),
+        ):
+            loops[name] = -(-batch // (width // length * rows))
+    return Turns(loops, settings.epochs * settings.minibatches)
 
 
 def measure(name: str, step: programs.Program, topology: topologies.Topology, resident: dict[str, Any], turns: Turns) -> Row:
@@ -161,7 +176,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
         needed = _needed_gib(message, chip.hbm_gib)
-        cost = Cost("", count_flops(traced.jaxpr, turns.decode) / topology.devices, 0.0, {}, math.nan, "memory", 0)
+        cost = Cost("", count_flops(traced.jaxpr, turns.loops.get(name, 1)) / topology.devices, 0.0, {}, math.nan, "memory", 0)
         return row(max(needed - arguments, 0.0), needed + others, cost, error=message.splitlines()[0][:200])
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
@@ -187,12 +202,13 @@ def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turn
         before, base = (0.0, None) if less is None else both(less)
         return estimate(label, (flops - before) / topology.devices / times, _scaled(found, base, times), topology.chip)
 
-    whole = cost("", turns.decode)
-    if name in ("rollout", "answer", "greedy"):
+    trips = turns.loops.get(name, 1)
+    whole = cost("", trips)
+    if name in SAMPLERS:
         return whole, (cost("prefill", 0), cost("decode step", 1, less=0))
     times = turns.updates if name == "learn" else 1
     label = "{}, one step" if name == "learn" else "{}"
-    parts = (cost(label.format(scope), 1, scope, times=times) for scope in SCOPES.get(name, ()))
+    parts = (cost(label.format(scope), trips, scope, times=times) for scope in SCOPES.get(name, ()))
     return whole, tuple(part for part in parts if part.flops)
 
 

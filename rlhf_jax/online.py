@@ -199,7 +199,7 @@ def finish(setup: OnlineSetup, session: Session, pending: Pending, ended: float 
     seconds = (time.perf_counter() if ended is None else ended) - pending.began
     found |= {"time/step_s": seconds, "throughput/tokens_per_s": tokens / seconds}
     slots, answers = pending.rollout.tokens.size, pending.rollout.action_mask.size
-    found["data/padded_fraction"] = 1 - (pending.prompt_tokens + tokens) / slots
+    found.setdefault("data/padded_fraction", 1 - (pending.prompt_tokens + tokens) / slots)  # packed, the update knows it
     found["data/prompt_padded_fraction"] = 1 - pending.prompt_tokens / (slots - answers)
     session.write(pending.step, found, lambda: pending.rollout)
 

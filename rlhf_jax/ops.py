@@ -244,8 +244,13 @@ def _positive(temperature: float | jax.Array) -> float | jax.Array:
     return temperature
 
 
-def _over_chunks(function: Callable[..., Any], chunk: int | None, arrays: tuple[Any, ...]) -> Any:
-    """Apply `function` to slices of axis 1, recomputed in the backward pass: at most `chunk` positions exist at one time."""
+def _over_chunks(
+    function: Callable[..., Any], chunk: int | None, arrays: tuple[Any, ...], wanted: jax.Array | None = None
+) -> Any:
+    """Apply `function` to slices of axis 1, recomputed in the backward pass: at most `chunk` positions exist at one time.
+
+    With `wanted` bool[B, R] the results, f[B, R] then, of slices where it is nowhere True are 0 and cost nothing.
+    """
     batch, length = arrays[0].shape[:2]
     chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
@@ -261,8 +266,16 @@ def _over_chunks(function: Callable[..., Any], chunk: int | None, arrays: tuple[
         return jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *y.shape[3:])[:, :length]
 
     policy = jax.checkpoint_policies.save_only_these_names(NORMALIZER)
-    body = jax.checkpoint(lambda slices: function(*slices), policy=policy, prevent_cse=False)
-    _, out = jax.lax.scan(lambda carry, slices: (carry, body(slices)), None, jax.tree.map(split, arrays))
+
+    def apply(slices: tuple[Any, ...], wanted: jax.Array | None) -> Any:
+        if wanted is None:
+            return function(*slices)
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(wanted, x.dtype), jax.eval_shape(function, *slices))
+        return jax.lax.cond(jnp.any(wanted), lambda: function(*slices), lambda: nothing)
+
+    body = jax.checkpoint(apply, policy=policy, prevent_cse=False)
+    slices = jax.tree.map(split, (arrays, wanted if count > 1 else None))
+    _, out = jax.lax.scan(lambda carry, slices: (carry, body(*slices)), None, slices)
     return jax.tree.map(join, out)
 
 
@@ -280,6 +293,7 @@ def token_logprobs(
     kept: jax.Array | None = None,
     mask: jax.Array | None = None,
     entropy: bool = False,
+    wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probability of each target, from hidden states, `chunk` positions at a time: [B, R, V] never exists.
 
@@ -287,7 +301,8 @@ def token_logprobs(
     hidden[:, j] is the state *before* target j (see `response_hidden`).
 
     Args: hidden f[B, R, D]; unembed f[..., D] -> f[..., V]; targets i32[B, R]; kept u32[B, R, ceil(V/32)]; mask bool[B, R], where
-      given, blanks states that do not count (results there are 0). Returns f32[B, R] and entropy f32[B, R] or None, nats.
+      given, blanks states that do not count (results there are 0); `wanted` bool[B, R] leaves out the chunks where it is nowhere
+      True: one device decides. Returns f32[B, R] and entropy f32[B, R] or None, nats.
     """
     chex.assert_rank([hidden, targets], [3, 2])
     chex.assert_equal_shape_prefix([hidden, targets], 2)
@@ -297,7 +312,7 @@ def token_logprobs(
         logits = sampled_logits(unembed(hidden), temperature=temperature, kept=kept, targets=targets)
         return _target_logprobs(logits, targets), logits_entropy(logits) if entropy else None
 
-    out = _over_chunks(head, chunk, (_blank(hidden, mask), targets, kept))
+    out = _over_chunks(head, chunk, (_blank(hidden, mask), targets, kept), wanted)
     return out if mask is None else jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)
 
 
@@ -323,12 +338,14 @@ def token_kl(
     chunk: int | None = None,
     kept: jax.Array | None = None,
     mask: jax.Array | None = None,
+    wanted: jax.Array | None = None,
 ) -> jax.Array:
     """Exact KL(policy || reference) at each position in nats, from hidden states, `chunk` positions at a time.
 
     Both distributions have the same temperature and the same kept tokens.
 
-    Args: hidden f[B, R, D], ref_hidden f[B, R, D']; kept u32[B, R, ceil(V/32)]; mask bool[B, R]. Returns f32[B, R].
+    Args: hidden f[B, R, D], ref_hidden f[B, R, D']; kept u32[B, R, ceil(V/32)]; mask, wanted bool[B, R] as in `token_logprobs`.
+      Returns f32[B, R].
     """
     chex.assert_rank([hidden, ref_hidden], [3, 3])
     chex.assert_equal_shape_prefix([hidden, ref_hidden], 2)
@@ -338,7 +355,7 @@ def token_kl(
         logits = sampled_logits(unembed(hidden), temperature=temperature, kept=kept)
         return exact_kl(logits, sampled_logits(ref_unembed(ref_hidden), temperature=temperature, kept=kept))
 
-    out = _over_chunks(head, chunk, (_blank(hidden, mask), _blank(ref_hidden, mask), kept))
+    out = _over_chunks(head, chunk, (_blank(hidden, mask), _blank(ref_hidden, mask), kept), wanted)
     return out if mask is None else jnp.where(mask, out, 0.0)
 
 

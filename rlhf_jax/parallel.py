@@ -188,6 +188,13 @@ def make_constrain_rows(mesh: Mesh) -> Callable[[Any], Any]:
     return lambda tree: jax.lax.with_sharding_constraint(tree, batch_sharding(mesh))
 
 
+def make_constrain_whole(mesh: Mesh) -> Callable[[Any], Any]:
+    """Pins a tree of small arrays to be whole on every device."""
+    if mesh.size == 1:
+        return lambda tree: tree
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def make_by_rows(mesh: Mesh, wire_dtype: Any) -> Callable[..., Any]:
     """`by_rows(fn, weights, axes, *rows)` = fn(weights, *rows), every device with its own rows and whole matrices.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from rlhf_jax import config, continuous, health, parallel, sampling, scoring
+from rlhf_jax import config, continuous, health, packed, parallel, sampling, scoring
 from rlhf_jax.algorithms import training
 from rlhf_jax.types import (
     Calibration,
@@ -224,7 +224,8 @@ def online_programs(
     make = functools.partial(make_rollout, actor.model, mesh, stop_ids=stop_ids, pad_id=pad_id)
     sample = make(run.sampling, samples=samples)
     rollout: Rollout = abstract_like(jax.eval_shape(sample, decoding, prompts, key), rows)
-    score = _score(run, algorithm, parts, settings.old_logprobs)
+    packing = _packing(stage, run, mesh, prompt_length + run.sampling.max_new_tokens) if run.data.packing else None
+    score = _score(run, algorithm, parts, settings.old_logprobs, packing)
     critic = None if state.critic is None else state.critic.params
     scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic, abstract_frozen(parts), rollout), rows)
     scores = abstract((run.batch_size,), jnp.float32, rows)
@@ -236,7 +237,7 @@ def online_programs(
         "rollout": Program(sample, (decoding, prompts, key), rows),
         "score": Program(score, (actor.trained, critic, frozen, rollout), rows),
         "learn": Program(
-            _learn(run, algorithm, parts, optimizers, mesh, entropy=settings.entropy_coef != 0),
+            _learn(run, algorithm, parts, optimizers, mesh, packing, entropy=settings.entropy_coef != 0),
             (state, frozen, rollout, scores, scored, key, ptx),
             (shardings(state), rep),
             donate=(0,),
@@ -244,7 +245,7 @@ def online_programs(
     }
     if parts.reward is not None:
         score_reward = scoring.make_reward_scorer(parts.reward.model, calibration)
-        found["reward"] = Program(_in_parts(score_reward, run.score_parts), (frozen.reward, rollout), rows)
+        found["reward"] = Program(_in_parts(score_reward, run.score_parts, packing), (frozen.reward, rollout), rows)
     if "greedy" in algorithm.needs:
         best = make(dataclasses.replace(run.sampling, temperature=0.0), samples=samples, collect_kept=rollout.kept is not None)
         found["greedy"] = Program(best, (decoding, prompts, key), rows)
@@ -303,7 +304,9 @@ def offline_functions(
     return update, evaluate
 
 
-def _score(run: config.OnlineRun, algorithm: training.Algorithm, parts: Parts, old_logprobs: Any) -> Callable[..., Scored]:
+def _score(
+    run: config.OnlineRun, algorithm: training.Algorithm, parts: Parts, old_logprobs: Any, packing: packed.Packing | None
+) -> Callable[..., Scored]:
     scorer = scoring.make_scorer(
         parts.actor.model,
         None if parts.critic is None else parts.critic.model,
@@ -314,7 +317,7 @@ def _score(run: config.OnlineRun, algorithm: training.Algorithm, parts: Parts, o
     )
 
     def score(actor: Params, critic: Params | None, frozen: Frozen, rollout: Rollout) -> Scored:
-        return _in_parts(lambda _, part: scorer(actor, critic, frozen, part), run.score_parts)(None, rollout)
+        return _in_parts(lambda _, part: scorer(actor, critic, frozen, part), run.score_parts, packing)(None, rollout)
 
     return score
 
@@ -325,6 +328,7 @@ def _learn(
     parts: Parts,
     optimizers: tuple[optax.GradientTransformation, optax.GradientTransformation],
     mesh: Mesh,
+    packing: packed.Packing | None,
     *,
     entropy: bool,
 ) -> Callable[..., Any]:
@@ -338,6 +342,7 @@ def _learn(
         *optimizers,
         sequence_apply=lambda params, frozen, batch: text(params, frozen.actor, batch),
         constrain=parallel.make_constrain_rows(mesh),
+        packing=packing,
     )
 
     def learn(
@@ -359,8 +364,10 @@ def _learn(
     return learn
 
 
-def _in_parts(fn: Callable[[Any, Any], Any], parts: int) -> Callable[[Any, Any], Any]:
-    """Apply `fn(params, rows)` to interleaved parts of the rows, one after the other: every part stays split as the batch is."""
+def _in_parts(fn: Callable[[Any, Any], Any], parts: int, packing: packed.Packing | None) -> Callable[[Any, Any], Any]:
+    """Apply `fn(params, rows)` to parts of the rows, one after the other: packed, or interleaved and split as the batch is."""
+    if packing is not None:
+        return lambda params, batch: packed.summed(packing, functools.partial(fn, params), batch)
     if parts == 1:
         return fn
 
@@ -369,3 +376,20 @@ def _in_parts(fn: Callable[[Any, Any], Any], parts: int) -> Callable[[Any, Any],
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     return apply
+
+
+def _packing(stage: str, run: config.OnlineRun, mesh: Mesh, length: int) -> packed.Packing:
+    rows, width = packed_shape(stage, run, length, parallel.axis_size(mesh, "batch"))
+    constraints = {"spread": parallel.make_constrain_rows(mesh), "whole": parallel.make_constrain_whole(mesh)}
+    return packed.Packing(rows, width, skips=mesh.size == 1, **constraints)
+
+
+def packed_shape(stage: str, run: config.OnlineRun, length: int, ways: int) -> tuple[int, int]:
+    """Rows and width of a packed part, which has at most the tokens of a micro-batch (or scored part) of sequences of `length`.
+
+    Rows are `data.max_tokens` wide, but hold a sequence of that length, and every one of `ways` devices has at least one.
+    """
+    settings = getattr(run, stage)
+    each = run.batch_size // max(run.score_parts, settings.minibatches * settings.micro_batches) // ways
+    width = min(max(run.data.max_tokens, length), each * length)
+    return each * length // width * ways, width

@@ -44,17 +44,18 @@ def make_policy_apply(
 
     def apply(params: Params, frozen: Frozen, batch: Batch) -> Scored:
         actor = join(frozen.actor, params)
-        states = response_states(model, actor, batch)
+        states, (targets, rows) = acting_states(model, actor, batch), acted(batch)
 
-        def score(head: Params, states: jax.Array, targets: jax.Array, kept: jax.Array | None, mask: jax.Array) -> Any:
+        def score(head: Params, states: jax.Array, targets: jax.Array, rows: dict[str, Any]) -> Any:
             unembed, options = functools.partial(model.logits, head), {"temperature": temperature, "chunk": chunk}
-            return ops.token_logprobs(states, unembed, targets, kept=kept, mask=mask, entropy=entropy, **options)
+            return ops.token_logprobs(states, unembed, targets, entropy=entropy, **options, **rows)
 
-        logprobs, entropies = model.by_rows(score, (actor,), states, responses(batch), batch.kept, batch.action_mask)
+        logprobs, entropies = model.by_rows(score, (actor,), states, targets, rows)
         kl = None
         if kl_model is not None:
             kl = reference_kl(model, actor, states, kl_model, frozen, batch, temperature=temperature, chunk=chunk)
-        return Scored(logprobs=logprobs, entropy=entropies, kl=kl)
+        found = {"logprobs": logprobs, "entropy": entropies, "kl": kl}
+        return Scored(**jax.tree.map(functools.partial(by_response, batch), found))
 
     return apply
 
@@ -64,8 +65,8 @@ def make_value_apply(model: Model) -> ValueApply:
 
     def apply(params: Params, frozen: Frozen, batch: Batch) -> jax.Array:
         critic = join(frozen.critic, params)
-        values = model.score(critic, response_states(model, critic, batch))
-        return jnp.where(batch.action_mask, values, 0.0)
+        values = model.score(critic, acting_states(model, critic, batch))
+        return jnp.where(batch.action_mask, by_response(batch, values), 0.0)
 
     return apply
 
@@ -98,7 +99,7 @@ def make_scorer(
         with jax.named_scope("actor"):
             scored = Scored(logprobs=rollout.logprobs) if reuse else policy(actor_params, frozen, rollout)
         if old_logprobs == "rollout":
-            scored = scored.replace(logprobs=rollout.logprobs)
+            scored = scored.replace(logprobs=jnp.where(rollout.action_mask, rollout.logprobs, 0.0))
         if "reference" in needs:
             reference = Frozen(actor=reference_params(frozen))
             with jax.named_scope("reference"):
@@ -118,8 +119,9 @@ def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> 
     calibration = calibration or Calibration()
 
     def score(params: Params, rollout: Rollout) -> jax.Array:
-        raw = model.score(params, at_last_token(*_from_prompts_end(model, params, rollout)))
-        return (raw - calibration.mean) / calibration.std
+        raw = score_at_end(model, params, rollout, seen_states(model, params, rollout))
+        calibrated = (raw - calibration.mean) / calibration.std
+        return calibrated if rollout.packed is None else jnp.where(rollout.packed.inside, calibrated, 0.0)
 
     return score
 
@@ -159,10 +161,9 @@ def make_score_apply(model: Model) -> Callable[[Params, Params | None, Sequences
 
 def values_and_bootstrap(critic: Model, params: Params, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
     """Value of the state before every response token f32[B, R], and of the state after the last one f32[B]; one forward pass."""
-    states, mask = _from_prompts_end(critic, params, rollout)
-    values = critic.score(params, ops.response_hidden(states, rollout.action_mask.shape[1]))
-    bootstrap = critic.score(params, at_last_token(states, mask))
-    return jnp.where(rollout.action_mask, values, 0.0), bootstrap
+    seen = seen_states(critic, params, rollout)
+    values = by_response(rollout, critic.score(params, before_actions(rollout, seen)))
+    return jnp.where(rollout.action_mask, values, 0.0), score_at_end(critic, params, rollout, seen)
 
 
 def reference_kl(
@@ -176,16 +177,15 @@ def reference_kl(
     temperature: float,
     chunk: int | None,
 ) -> jax.Array:
-    """Exact KL(actor || reference) before every response token, f32[B, R], nats; `states` are the actor's."""
+    """Exact KL(actor || reference) before every action, nats, laid out as `acting_states`; `states` are the actor's."""
     reference = lax.stop_gradient(reference_params(frozen))
-    ref_states = lax.stop_gradient(response_states(kl_model, reference, batch))
+    ref_states = lax.stop_gradient(acting_states(kl_model, reference, batch))
 
-    def kl(head: Params, ref_head: Params, states: jax.Array, ref_states: jax.Array, kept: Any, mask: jax.Array) -> jax.Array:
+    def kl(head: Params, ref_head: Params, states: jax.Array, ref_states: jax.Array, rows: dict[str, Any]) -> jax.Array:
         unembed, ref_unembed = functools.partial(model.logits, head), functools.partial(kl_model.logits, ref_head)
-        options = {"temperature": temperature, "chunk": chunk}
-        return ops.token_kl(states, unembed, ref_states, ref_unembed, kept=kept, mask=mask, **options)
+        return ops.token_kl(states, unembed, ref_states, ref_unembed, temperature=temperature, chunk=chunk, **rows)
 
-    return model.by_rows(kl, (actor, reference), states, ref_states, batch.kept, batch.action_mask)
+    return model.by_rows(kl, (actor, reference), states, ref_states, acted(batch)[1])
 
 
 def reference_params(frozen: Frozen) -> Params:
@@ -196,25 +196,50 @@ def reference_params(frozen: Frozen) -> Params:
     return params
 
 
-def response_states(model: Model, params: Params, batch: Batch) -> jax.Array:
-    """Hidden states before every response token, [B, R, D], 0 where masked: no head sees what stands in padding."""
-    chex.assert_rank([batch.tokens, batch.mask, batch.action_mask], 2)
-    states = ops.response_hidden(_from_prompts_end(model, params, batch)[0], batch.action_mask.shape[1])
-    return blanked(states, batch.action_mask)
+def acting_states(model: Model, params: Params, batch: Batch) -> jax.Array:
+    """Hidden states before every action, [B, R, D] or of packed rows [N, T, D]; 0 elsewhere: no head sees what is in padding."""
+    return before_actions(batch, seen_states(model, params, batch))
 
 
-def _from_prompts_end(model: Model, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Hidden states of the prompt's last token and of the response, [B, 1 + R, D], and their mask.
+def seen_states(model: Model, params: Params, batch: Batch) -> jax.Array:
+    """Hidden states of the prompt's last token and of the response, [B, 1 + R, D]; of packed rows all of them, [N, T, D].
 
-    Nothing looks at those before them, so the model's last layer need not make them.
+    Nothing looks at those before a prompt's last token, so the model's last layer need not make them.
     """
-    last = 1 + batch.action_mask.shape[1]
-    return model.hidden(params, batch.tokens, batch.mask, last=last), batch.mask[:, -last:]
+    chex.assert_rank([batch.tokens, batch.mask, batch.action_mask], 2)
+    if (rows := batch.packed) is not None:
+        return model.hidden(params, rows.tokens, rows.mask, positions=rows.positions, segments=rows.segments)
+    return model.hidden(params, batch.tokens, batch.mask, last=1 + batch.action_mask.shape[1])
 
 
-def responses(batch: Batch) -> jax.Array:
-    """The response tokens, i32[B, R]."""
-    return batch.tokens[:, -batch.action_mask.shape[1] :]
+def before_actions(batch: Batch, seen: jax.Array) -> jax.Array:
+    """Of the `seen_states` those before actions, in the order of `acted`: actions stand together, heads are for them alone."""
+    if (rows := batch.packed) is not None:
+        return blanked(jnp.take_along_axis(seen, rows.acting[..., None], 1), rows.target_mask)
+    return blanked(ops.response_hidden(seen, batch.action_mask.shape[1]), batch.action_mask)
+
+
+def acted(batch: Batch) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+    """Token after each of the `acting_states`; which sampling kept, whether it is an action, whether a head is wanted."""
+    if (rows := batch.packed) is None:
+        targets = batch.tokens[:, -batch.action_mask.shape[1] :]
+        return targets, {"kept": batch.kept, "mask": batch.action_mask, "wanted": None}
+    return rows.targets, {"kept": rows.kept, "mask": rows.target_mask, "wanted": rows.wanted}
+
+
+def by_response(batch: Batch, x: jax.Array) -> jax.Array:
+    """What was computed of `acting_states`, by response token: f32[B, R] as it is, f32[N, T] of packed rows -> f32[B, R]."""
+    if batch.packed is None:
+        return x
+    return jnp.where(batch.action_mask, x.ravel()[batch.packed.taken], 0.0)
+
+
+def score_at_end(model: Model, params: Params, rollout: Rollout, seen: jax.Array) -> jax.Array:
+    """Scalar head at each sequence's last token, f32[B], from the `seen_states`."""
+    if (rows := rollout.packed) is not None:
+        scores = model.score(params, blanked(seen, rows.mask))  # scalars cross devices, not states
+        return jnp.where(rows.inside, scores.ravel()[rows.last], 0.0)
+    return model.score(params, at_last_token(seen, rollout.mask[:, -seen.shape[1] :]))
 
 
 def sequence_states(model: Model, params: Params, sequences: Sequences) -> jax.Array:

@@ -38,6 +38,26 @@ class Prompts(Pytree):
     sample: jax.Array | None = None  # i32[B], number of the (first) sample among those of the same prompt, part of the seed too
 
 
+class Packed(Pytree):
+    """Rows in which several sequences of a batch stand one behind another: what the trunk sees of them (see `packed.py`).
+
+    N rows of T tokens have N x T slots, counted through the rows.
+    """
+
+    tokens: jax.Array  # i32[N, T]
+    mask: jax.Array  # bool[N, T]
+    segments: jax.Array  # i32[N, T], number of the sequence, 0 on padding
+    positions: jax.Array  # i32[N, T], restart at 0 in every sequence
+    acting: jax.Array  # i32[N, T], columns of the tokens that an action follows, then of the others; in this order are:
+    targets: jax.Array  # i32[N, T], the token that follows
+    target_mask: jax.Array  # bool[N, T], True where it is an action
+    wanted: jax.Array | None  # bool[N, T], False where a head need not be computed; None: it is everywhere
+    kept: jax.Array | None  # u32[N, T, ceil(V/32)], what sampling it kept
+    taken: jax.Array  # i32[B, R], slot of each response token among them; any where it is not in these rows
+    last: jax.Array  # i32[B], slot of each sequence's last token
+    inside: jax.Array  # bool[B], sequences that are in these rows
+
+
 class Rollout(Pytree):
     """Prompts with the actor's answers, L = P + R: the prompt left-padded, the response right-padded."""
 
@@ -48,6 +68,7 @@ class Rollout(Pytree):
     logprobs: jax.Array  # f32[B, R], nats, of the chosen token under the distribution that was sampled; 0 where masked
     index: jax.Array  # i32[B], as in Prompts
     kept: jax.Array | None = None  # u32[B, R, ceil(V/32)], bit set of the tokens that top-k/top-p/min-p kept; None: all
+    packed: Packed | None = None  # rows that the trunk sees in place of `tokens`, in a step that packs
 
 
 class Scored(Pytree):
@@ -76,6 +97,7 @@ class Experience(Pytree):
     kept: jax.Array | None = None  # u32[B, R, ceil(V/32)]
     value_mask: jax.Array | None = None  # bool[B, R], tokens of the value loss where they differ from action_mask
     scores: jax.Array | None = None  # f32[B], reward units, as the reward gave them: running statistics
+    packed: Packed | None = None  # as in Rollout
 
 
 class Sequences(Pytree):

@@ -10,8 +10,22 @@ from typing import Any
 import jax
 import pytest
 
-from rlhf_jax import build, config, fit, fit_advice, fit_table, hlo, parallel, programs, scoring, testing, topologies
+from rlhf_jax import (
+    build,
+    config,
+    fit,
+    fit_advice,
+    fit_table,
+    hlo,
+    parallel,
+    programs,
+    scoring,
+    setups_abstract,
+    testing,
+    topologies,
+)
 from rlhf_jax.errors import UserError
+from rlhf_jax.fit_flops import count_flops
 from rlhf_jax.models import scratch_spec
 from rlhf_jax.models.stack import WORTH_A_COPY
 
@@ -181,6 +195,25 @@ def test_a_bfloat16_update_is_compiled_for_simulated_devices() -> None:
         (row,) = fit.fit("sft", dataclasses.replace(run, mesh=mesh), topologies.parse("cpu-4"), only=("update",)).rows
         assert row.fits
         assert row.cost.collectives["all-reduce"][0] > 0
+
+
+@pytest.mark.parametrize("name", ["score", "learn"])
+def test_packed_parts_are_counted_as_when_every_sequence_is_as_long_as_may_be(name: str) -> None:
+    """Which no sequence is: but a run must fit then, too. A row of 40 tokens holds two of the 16, and 8 are left over."""
+    flops = {}
+    for packing in (False, True):
+        run = config.PPORun(
+            model=config.Model(scratch=config.Scratch(width=32, layers=2, heads=4, kv_heads=4, mlp_width=64, vocabulary=64)),
+            batch_size=32,
+            data=config.Data(task="reviews", max_prompt_tokens=8, max_tokens=40, packing=packing),
+            sampling=config.Sampling(max_new_tokens=8),
+            ppo=config.PPO(epochs=2, minibatches=2, micro_batches=2),
+        )
+        step = setups_abstract.abstract_programs("ppo", run, parallel.make_mesh(config.Mesh(), jax.devices()[:1]))[0][name]
+        turns = fit.turns_of("ppo", run, 1)
+        flops[packing] = count_flops(step.compile().trace(*step.args).jaxpr, turns.loops.get(name, 1))
+    # 3 rows of 40 a part hold 6 sequences: 3 parts of a minibatch, 6 of the batch. And the head sees prompts, too.
+    assert 1.0 < flops[True] / flops[False] < 2.2
 
 
 def test_between_slices_the_network_is_what_bounds() -> None:

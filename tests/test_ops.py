@@ -371,3 +371,36 @@ def test_mistakes_are_refused_with_a_rule(model):
         ops.token_logprobs(hidden[0], lambda h: h @ matrix, targets)
     with pytest.raises(AssertionError):
         ops.masked_mean(hidden, targets > 0)
+
+
+def test_chunks_in_which_nothing_counts_are_left_out():
+    rng, ran = np.random.default_rng(0), []
+    states, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 12, 5), (5, 7)))
+    targets, mask = jnp.asarray(rng.integers(0, 7, (2, 12))), jnp.arange(12)[None] < jnp.asarray([[5], [2]])
+    wanted = jnp.broadcast_to(mask.any(0), mask.shape)
+
+    def loss(states, kernel, skip):
+        def unembed(x):
+            jax.debug.callback(lambda: ran.append(1))
+            return x @ kernel
+
+        return ops.token_logprobs(states, unembed, targets, chunk=4, mask=mask, entropy=True, wanted=wanted if skip else None)
+
+    def gradient(skip):
+        return jax.jit(jax.grad(lambda *args: sum((x**2).sum() for x in loss(*args, skip)), (0, 1)))(states, kernel)
+
+    plain = loss(states, kernel, False)
+    jax.effects_barrier()
+    assert len(ran) == 3
+    ran.clear()
+    skipped = loss(states, kernel, True)
+    jax.effects_barrier()
+    assert len(ran) == 2
+    jax.tree.map(np.testing.assert_array_equal, skipped, plain)
+    for a, b in zip(gradient(True), gradient(False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    options = {"chunk": 4, "mask": mask}
+    kl = [
+        ops.token_kl(states, lambda x: x @ kernel, states + 1, lambda x: x @ kernel, wanted=w, **options) for w in (None, wanted)
+    ]
+    np.testing.assert_array_equal(*kl)

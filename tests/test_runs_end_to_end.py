@@ -473,3 +473,28 @@ def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / "q" / name).is_file(), name
     stages = {row["stage"] for row in metrics.read_rows(tmp_path / "q" / metrics.METRICS)}
     assert stages == {"sft", "reward", "ppo"}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: the mesh asks for eight")
+def test_a_packed_run_is_the_plain_run(base: Path, tmp_path: Path) -> None:
+    """Same scores, losses and evaluations; fewer tokens computed."""
+    found: dict[bool, list[dict[str, Any]]] = {}
+    for packing in (False, True):
+        settings = ppo_run(
+            tmp_path / f"packing-{packing}",
+            base / "sft" / "final",
+            base / "reward" / "final",
+            batch_size=64,
+            mesh=config.Mesh(fsdp=4, tensor=2),
+            data=dataclasses.replace(DATA, packing=packing, max_tokens=64),
+            sampling=config.Sampling(max_new_tokens=24),
+            ppo=config.PPO(epochs=1, minibatches=2, micro_batches=4, kl_coef=0.02),
+        )
+        found[packing] = metrics.read_rows(online.run("ppo", settings) / metrics.METRICS)
+    for packed, plain in zip(found[True], found[False], strict=True):
+        assert set(packed) == set(plain)
+        for key in set(plain) - {"data/padded_fraction"}:
+            if key.partition("/")[0] in ("reward", "kl", "policy", "value", "update", "eval", "response"):
+                assert packed[key] == pytest.approx(plain[key], rel=2e-3, abs=2e-5), key
+    for packed, plain in zip(*(rows_of(tmp_path / f"packing-{each}", "reward/score") for each in (True, False)), strict=True):
+        assert packed["data/padded_fraction"] < 0.75 * plain["data/padded_fraction"]

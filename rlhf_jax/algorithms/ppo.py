@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import config, ops
+from rlhf_jax import config, ops, packed
 from rlhf_jax.algorithms import deepspeed_chat, update
 from rlhf_jax.algorithms.training import Algorithm, require, share
 from rlhf_jax.types import Experience, Metrics, Params, Rollout, RunState, Scored, Sequences
@@ -356,6 +356,7 @@ def make_update(
     surrogate: Callable[..., tuple[jax.Array, Metrics]] = policy_loss,
     sequence_apply: Callable[..., jax.Array] | None = None,
     constrain: Callable[[Any], Any] = lambda tree: tree,
+    packing: packed.Packing | None = None,
 ) -> Callable[..., tuple[RunState, Metrics]]:
     """(state, experience, key, frozen, ptx=None) -> (state, metrics): see `update.make_update`.
 
@@ -395,6 +396,7 @@ def make_update(
         epochs=settings.epochs,
         minibatches=settings.minibatches,
         micro_batches=settings.micro_batches,
+        packing=packing,
         kl_stop=settings.kl_stop,
         critic_warmup=settings.critic_warmup,
         ema_decay=settings.ema_decay,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import config, ops
+from rlhf_jax import config, ops, packed
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Experience, Frozen, Metrics, Params, Preferences, RunState, Sequences, TrainState
 
@@ -154,14 +154,16 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def accumulate(loss_fn: Loss, params: Params, batch: Any, micro_batches: int) -> tuple[jax.Array, Metrics, Params]:
-    """Sum of losses, metrics and gradients over the micro-batches of a batch: the same for every split.
+def accumulate(
+    loss_fn: Loss, params: Params, batch: Any, micro_batches: int, layout: packed.Layout | None = None
+) -> tuple[jax.Array, Metrics, Params]:
+    """Sum of losses, metrics and gradients over the micro-batches of a batch, or over its packed parts: the same for every split.
 
     `loss_fn(params, part) -> (share, metrics)` must divide by denominators of the whole batch. Scalar metrics are summed
     ("_max": the maximum is taken); metrics with a leading row axis come back in the order of the batch.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
+    if micro_batches == 1 and layout is None:
         (loss, metrics), grads = gradient(params, batch)
         return loss, metrics, grads
 
@@ -173,12 +175,23 @@ def accumulate(loss_fn: Loss, params: Params, batch: Any, micro_batches: int) ->
         rows = {key: value for key, value in metrics.items() if value.ndim}
         return (total[0] + loss, scalars, jax.tree.map(lambda a, g: a + g.astype(a.dtype), total[2], grads)), rows
 
-    parts = split_rows(batch, micro_batches)
-    shapes = jax.eval_shape(loss_fn, params, jax.tree.map(lambda x: x[0], parts))[1]
+    parts = split_rows(batch, micro_batches) if layout is None else None
+    first = jax.tree.map(lambda x: x[0], parts) if layout is None else packed.part(batch, layout, jnp.int32(0))
+    shapes = jax.eval_shape(loss_fn, params, first)[1]
     scalars = {k: jnp.full((), -jnp.inf if k.endswith("_max") else 0.0, jnp.float32) for k, v in shapes.items() if not v.shape}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    (loss, metrics, grads), rows = jax.lax.scan(add, (jnp.zeros(()), scalars, zeros), parts)
-    rows = {key: value.swapaxes(0, 1).reshape(-1, *value.shape[2:]) for key, value in rows.items()}
+    start = (jnp.zeros(()), scalars, zeros)
+    if layout is None:
+        (loss, metrics, grads), rows = jax.lax.scan(add, start, parts)
+        rows = {key: value.swapaxes(0, 1).reshape(-1, *value.shape[2:]) for key, value in rows.items()}
+    else:
+
+        def more(number: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
+            total, found = add(carry[0], packed.part(batch, layout, number))
+            return total, jax.tree.map(jnp.add, carry[1], found)
+
+        nothing = {key: jnp.zeros(value.shape, value.dtype) for key, value in shapes.items() if value.shape}
+        (loss, metrics, grads), rows = jax.lax.fori_loop(0, layout.parts, more, (start, nothing))
     return loss, metrics | rows, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 

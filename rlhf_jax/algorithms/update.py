@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import ops
+from rlhf_jax import ops, packed
 from rlhf_jax.algorithms.training import Loss, accumulate, apply_gradients, require
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Experience, Frozen, Metrics, Moments, Params, Rollout, RunState, Scored, Sequences, TrainState
@@ -30,6 +30,7 @@ class Passes(NamedTuple):
     epochs: int = 1
     minibatches: int = 1  # optimiser steps per epoch
     micro_batches: int = 1  # parts of a minibatch whose gradients are summed
+    packing: packed.Packing | None = None  # parts hold packed rows, and there are no more than the minibatch fills
     kl_stop: float | None = None  # nats per token
     critic_warmup: int = 0  # iterations
     ema_decay: float | None = None
@@ -114,8 +115,10 @@ def make_update(
             batch = losses.prepare(constrain(_take(experience, rows[0])))
             text = None if ptx is None else constrain(_take(ptx, rows[1]))
             counts = losses.denominators(batch)
+            layout = None if passes.packing is None else packed.lay_out(passes.packing, batch, jnp.any(batch.action_mask, 1))
             with jax.named_scope("actor"):
-                value, metrics, grads = _actor_gradient(losses, passes, actor.params, frozen, batch, text, counts, state.kl_coef)
+                data = (frozen, batch, layout, text, counts, state.kl_coef)
+                value, metrics, grads = _actor_gradient(losses, passes, actor.params, *data)
                 something = jnp.any(batch.action_mask)  # False where no score was finite, or where no group had information
                 scored = something if batch.scores is None else something | jnp.any(jnp.isfinite(batch.scores))
                 finite = jnp.isfinite(value) & scored
@@ -126,11 +129,15 @@ def make_update(
                 "policy/grad_norm": done["update/grad_norm"],
                 "update/skipped": done["update/skipped"],
             }
+            if layout is not None:
+                metrics["data/padded_fraction"] = packed.padded_fraction(layout)
             if losses.value is not None:
                 # Else both are computed side by side, and the saved states of two backward passes lie in memory at one time.
                 actor, batch = jax.lax.optimization_barrier((actor, batch))
                 with jax.named_scope("critic"):
-                    critic, done = _critic_step(losses.value, passes, critic_tx, critic, frozen, batch, counts, wanted=~stop)
+                    critic, done = _critic_step(
+                        losses.value, passes, critic_tx, critic, frozen, batch, layout, counts, wanted=~stop
+                    )
                 skipped = jnp.maximum(metrics["update/skipped"], done.pop("update/skipped"))
                 metrics |= done | {"update/skipped": skipped}
             return (actor, critic, stop), metrics
@@ -179,12 +186,13 @@ def _actor_gradient(
     params: Params,
     frozen: Frozen,
     batch: Experience,
+    layout: packed.Layout | None,
     text: Sequences | None,
     counts: dict[str, jax.Array],
     kl_coef: jax.Array,
 ) -> tuple[jax.Array, Metrics, Params]:
     loss, metrics, grads = accumulate(
-        lambda p, part: losses.policy(p, frozen, part, counts, kl_coef), params, batch, passes.micro_batches
+        lambda p, part: losses.policy(p, frozen, part, counts, kl_coef), params, batch, passes.micro_batches, layout
     )
     if (gap := metrics.pop("policy/ratio_gap", None)) is not None:
         metrics |= _first_ratio(gap, batch.action_mask)
@@ -202,12 +210,13 @@ def _critic_step(
     critic: TrainState,
     frozen: Frozen,
     batch: Experience,
+    layout: packed.Layout | None,
     counts: dict[str, jax.Array],
     *,
     wanted: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     loss, metrics, grads = accumulate(
-        lambda p, part: value_loss(p, frozen, part, counts), critic.params, batch, passes.micro_batches
+        lambda p, part: value_loss(p, frozen, part, counts), critic.params, batch, passes.micro_batches, layout
     )
     finite = jnp.isfinite(loss) & jnp.any(batch.action_mask)
     critic, done = apply_gradients(require(tx, "critic_tx"), critic, grads, finite, wanted=wanted)
