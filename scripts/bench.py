@@ -12,7 +12,8 @@ two rounds are not counted, then medians. A peer whose interpreter is not given 
     update     clipped loss of the actor, value loss of the critic, backward passes, clipping, AdamW
     iteration  one whole iteration of each trainer's own loop, one epoch, one minibatch; reward model: beside TRL, which has no
                other reward; host function: beside tunix and EasyDeL
-    start      seconds and peak memory of a process that runs a single iteration, compilation cache empty, then filled
+    start      from starting a process to its first finished iteration, which is its last, and to its end; peak memory to the end;
+               compilation cache empty, then filled
     skewed     continuous batching beside the plain batch, answers of geometric length
     qwen       rollout and score at the shape of Qwen2.5-0.5B, batch 4, prompt 64, response 32
 """
@@ -20,6 +21,7 @@ two rounds are not counted, then medians. A peer whose interpreter is not given 
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -188,17 +190,39 @@ def starts(args: argparse.Namespace, directory: Path) -> list[Figure]:
     for peer in ("tunix", "trl", "easydel"):
         if python := getattr(args, f"{peer}_python"):
             commands[peer] = [python, str(PEERS / f"with_{peer}.py"), str(directory), "once"]
-    found = {state: Figure(f"start, {state}", {}, {}) for state in ("cold", "warm")}
+    found = {(state, to): Figure(f"start, {state}{to}", {}, {}) for to in ("", ", to the end") for state in ("cold", "warm")}
     for name, command in commands.items():
-        for state, figure in found.items():
+        told = directory / ("start/metrics.jsonl" if name == "rlhf_jax" else "finished")  # of the iteration, by whoever ran it
+        for state in ("cold", "warm"):
             with (directory / f"{name}-{state}.log").open("w") as log:
-                began = time.perf_counter()
-                process = subprocess.Popen(command, env=environment(directory, f"xla-{name}"), stdout=log, stderr=log)
-                _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = status  # or Popen would wait for it again
-            figure.seconds[name] = time.perf_counter() - began if status == 0 else float("nan")
-            figure.peak_mb[name] = usage.ru_maxrss / 1024
+                started = start(command, told, b"reward/score" if name == "rlhf_jax" else b"", directory, f"xla-{name}", log)
+            for to, seconds in (("", started.iteration), (", to the end", started.end)):
+                found[state, to].seconds[name] = seconds
+                found[state, to].peak_mb[name] = started.peak_mb
     return list(found.values())
+
+
+class Started(NamedTuple):
+    """A process that has ended; nan where it failed."""
+
+    iteration: float  # s, until the iteration was finished
+    end: float  # s
+    peak_mb: float
+
+
+def start(command: list[str], told: Path, word: bytes, directory: Path, cache: str, log: Any) -> Started:
+    """Run a command; its iteration is finished once the file `told` is there and holds `word`."""
+    told.unlink(missing_ok=True)
+    began, iteration, ended = time.perf_counter(), float("nan"), 0
+    process = subprocess.Popen(command, env=environment(directory, cache), stdout=log, stderr=log)
+    while not ended:
+        time.sleep(0.01)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        now = time.perf_counter() - began
+        if math.isnan(iteration) and told.is_file() and word in told.read_bytes():
+            iteration = now
+    process.returncode = status  # or Popen would wait for it again
+    return Started(iteration, now, usage.ru_maxrss / 1024) if status == 0 else Started(*[float("nan")] * 3)
 
 
 def prepare(directory: Path, config: dict[str, Any], batch: int, prompt: int, response: int, *, update: bool) -> None:

@@ -44,3 +44,17 @@ def test_sides_take_turns_and_the_dead_are_told_of(bench, tmp_path: Path, capsys
     assert sides[1].close() > 1
     lines = bench.table([bench.Figure("rollout", {"rlhf_jax": 2.0, "tunix": 3.0}, {"tunix": 9.4})]).splitlines()
     assert lines[-1] == "| rollout | tunix | 3.000 | 1.50x | 1.3x | 9 |"
+
+
+def test_a_start_is_timed_to_its_first_iteration_and_to_its_end(bench, tmp_path: Path):
+    told, log = tmp_path / "told", tmp_path / "log"
+    told.write_text("finished, but long ago")
+    work = f"import time, pathlib; time.sleep(0.5); pathlib.Path({str(told)!r}).write_text('is finished'); time.sleep(1.0)"
+    with log.open("w") as out:
+        found = bench.start([sys.executable, "-c", work], told, b"finished", tmp_path, "xla", out)
+        assert 0.5 <= found.iteration <= found.end - 0.9
+        assert found.peak_mb > 1
+        never = bench.start([sys.executable, "-c", "pass"], told, b"finished", tmp_path, "xla", out)
+        assert math.isnan(never.iteration)
+        assert never.end > 0
+        assert all(math.isnan(x) for x in bench.start([sys.executable, "-c", "1 / 0"], told, b"", tmp_path, "xla", out))

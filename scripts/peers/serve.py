@@ -62,6 +62,11 @@ class Gate:
         self.began = time.perf_counter()
 
 
+def finished(directory: str) -> None:
+    """Tell `bench.py` that the iteration is finished."""
+    Path(directory, "finished").touch()
+
+
 def settle_jax() -> None:
     """Wait for everything that is dispatched: nothing may be computed while another side has its turn."""
     import jax

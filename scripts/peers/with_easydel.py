@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from serve import Gate, settle_jax, sizes
+from serve import Gate, finished, settle_jax, sizes
 
 directory, mode = sys.argv[1:]
 
@@ -73,3 +73,5 @@ trainer = ed.PPOTrainer(
 )
 with jax.default_device(jax.devices()[0]):
     trainer.train()
+settle_jax()
+finished(directory)

@@ -7,7 +7,7 @@ python with_trl.py DIRECTORY loop|once
 
 import sys
 
-from serve import Gate, sizes
+from serve import Gate, finished, sizes
 
 directory, mode = sys.argv[1:]
 
@@ -52,3 +52,4 @@ trainer = PPOTrainer(
     eval_dataset=rows.select(range(shape["batch"])),
 )
 trainer.train()
+finished(directory)

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from serve import Gate, serve, settle_jax, sizes
+from serve import Gate, finished, serve, settle_jax, sizes
 
 directory, mode = sys.argv[1:]
 
@@ -146,6 +146,8 @@ def train() -> None:
     learner = ppo_learner.PPOLearner(cluster, settings, reward_fns=reward)
     with mesh:
         learner.train({"prompts": np.array(prompts[:B])} for _ in range(steps))
+    settle_jax()
+    finished(directory)
 
 
 if mode == "serve":
