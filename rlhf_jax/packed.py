@@ -96,7 +96,6 @@ def part(batch: Batch, layout: Layout, number: jax.Array) -> Batch:
             "acting": acting,
             "targets": tokens[chosen(sequence), chosen(jnp.minimum(after, columns - 1))],
             "target_mask": chosen(followed),
-            "wanted": chosen(followed) if layout.packing.skips else None,
             "kept": None if batch.kept is None else batch.kept[chosen(sequence), chosen(action)],
         }
     )
@@ -107,6 +106,7 @@ def part(batch: Batch, layout: Layout, number: jax.Array) -> Batch:
         taken=place.ravel()[before],
         last=jnp.clip(start + layout.lengths - 1, 0, rows * width - 1),
         inside=inside,
+        skips=layout.packing.skips,
     )
     found = batch.replace(action_mask=batch.action_mask & inside[:, None], packed=packed)
     if isinstance(found, Experience) and found.value_mask is not None:

@@ -224,7 +224,7 @@ def acted(batch: Batch) -> tuple[jax.Array, dict[str, jax.Array | None]]:
     if (rows := batch.packed) is None:
         targets = batch.tokens[:, -batch.action_mask.shape[1] :]
         return targets, {"kept": batch.kept, "mask": batch.action_mask, "wanted": None}
-    return rows.targets, {"kept": rows.kept, "mask": rows.target_mask, "wanted": rows.wanted}
+    return rows.targets, {"kept": rows.kept, "mask": rows.target_mask, "wanted": rows.target_mask if rows.skips else None}
 
 
 def by_response(batch: Batch, x: jax.Array) -> jax.Array:

@@ -51,11 +51,11 @@ class Packed(Pytree):
     acting: jax.Array  # i32[N, T], columns of the tokens that an action follows, then of the others; in this order are:
     targets: jax.Array  # i32[N, T], the token that follows
     target_mask: jax.Array  # bool[N, T], True where it is an action
-    wanted: jax.Array | None  # bool[N, T], False where a head need not be computed; None: it is everywhere
     kept: jax.Array | None  # u32[N, T, ceil(V/32)], what sampling it kept
     taken: jax.Array  # i32[B, R], slot of each response token among them; any where it is not in these rows
     last: jax.Array  # i32[B], slot of each sequence's last token
     inside: jax.Array  # bool[B], sequences that are in these rows
+    skips: bool = flax.struct.field(pytree_node=False)  # heads are left out where no action needs them
 
 
 class Rollout(Pytree):
