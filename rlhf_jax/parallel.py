@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import config
@@ -48,6 +49,8 @@ def is_main_process() -> bool:
 def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor) over all devices; one axis may be -1, "what remains".
 
+    Of several CPU devices: this process no longer reads compiled programs from disk (`compile_anew`).
+
     Raises:
       UserError: the product of the axes is not the number of devices; says which numbers would be.
     """
@@ -67,7 +70,21 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
             f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are "
             f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains){near}"
         )
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        compile_anew()
     return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def compile_anew() -> None:
+    """From now on this process neither reads nor writes compiled programs: with several CPU devices, one read back may hang.
+
+    XLA runs what does not depend on one another side by side, and keeps collectives in one order on all devices. For a CPU, a
+    program that was written and read back (JAX 0.10 and 0.12) has forgotten that order between a loop and what stands beside it:
+    sooner or later one device waits in the loop for another that waits outside, until XLA aborts the process after 40 s.
+    """
+    if jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX asks once and remembers
 
 
 def _lay_out(sizes: list[int], devices: list[Any]) -> np.ndarray:

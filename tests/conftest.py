@@ -15,7 +15,30 @@ _cache = Path(os.environ.get("RLHF_JAX_CACHE", Path(tempfile.gettempdir()) / "rl
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+from rlhf_jax import parallel  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+KEPT = jax.config.jax_enable_compilation_cache  # compiled programs, on disk
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_are_read_again():
+    """A mesh of several CPU devices ends that (`parallel.compile_anew`); here it ends with the test."""
+    yield
+    if jax.config.jax_enable_compilation_cache != KEPT:
+        jax.config.update("jax_enable_compilation_cache", KEPT)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def one_device():
+    """Runs of this test take the first device: its programs compile sooner, and the next time they are read."""
+    whole = parallel.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", lambda shape, devices=None: whole(shape, (devices or jax.devices())[:1]))
+        yield

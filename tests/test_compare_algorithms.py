@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import config, config_file, parallel
+from rlhf_jax import config, config_file
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.types import RewardInput, Rollout
 
@@ -90,6 +90,7 @@ def test_compute_is_counted_as_on_the_page(script):
         assert float(found[1]) == passes, name
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     ("task", "options", "steps"), [("addition", ("data.task_options={digits: 2, count: 200}",), 2), ("reviews", (), 1)]
 )
@@ -97,8 +98,6 @@ def test_it_runs(task, options, steps, script, tmp_path, monkeypatch, capsys):
     start = ["model.scratch.width=32", "model.scratch.heads=4", "model.scratch.kv_heads=4", "model.scratch.mlp_width=64"]
     start += ["steps=2", "batch_size=16", "log.eval_every=0", *options]
     arguments = ["--task", task, "--out", str(tmp_path), "--seeds", "2", "--start", *start, "--change", "batch_size=16"]
-    whole = parallel.make_mesh
-    monkeypatch.setattr(parallel, "make_mesh", lambda shape: whole(shape, jax.devices()[:1]))
     monkeypatch.setattr(script, "HELD_OUT", 64)
     monkeypatch.setattr(script, "SCORER_STEPS", 2)
     monkeypatch.setattr(sys, "argv", ["compare", *arguments, "--budget", str(100 * steps), "--only", "RLOO"])

@@ -149,7 +149,6 @@ def steps(run: config.OnlineRun, stage: str, mesh: config.Mesh | None = None) ->
     state, *rest = given(made["learn"].args[:4])
     score, learn = made["score"].compile(), made["learn"].compile()
     scored = score(state.actor.params, state.critic and state.critic.params, *rest[:2])
-    jax.block_until_ready(scored)  # eight simulated devices on two cores: a program at a time
     state, metrics = learn(state, *rest, scored, jax.random.key(5), None)
     assert score._cache_size() == learn._cache_size() == 1
     moments = [optax.tree_utils.tree_get(one.opt_state, "mu") for one in (state.actor, state.critic) if one]

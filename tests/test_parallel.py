@@ -1,6 +1,7 @@
 """One number per model and mesh: what is computed does not depend on how it is split, and nothing moves without need."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import build, config, hlo, parallel, programs, setups_abstract
@@ -193,6 +195,29 @@ def test_a_dimension_that_cannot_be_split_is_kept_whole() -> None:
     assert parallel.partition(mesh, ("embed", "mlp"), (12, 7)) == PartitionSpec("fsdp", None)
     assert parallel.partition(mesh, ("embed", "embed"), (4, 4)) == PartitionSpec("fsdp", None)
     assert parallel.partition(mesh, ("embed", "mlp"), (12, 8), gather=("fsdp",)) == PartitionSpec(None, "tensor")
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one simulated device: its programs are read back")
+def test_programs_of_several_cpu_devices_are_never_read_back(tmp_path: Path) -> None:
+    """Of two devices nothing is kept, of one something is (a program that was read back may hang: `parallel.compile_anew`)."""
+
+    def kept(shape: tuple[int, int, int]) -> int:
+        where = parallel.batch_sharding(mesh_of(*shape))
+        parallel.compile_step(lambda x: jnp.sin(x).sum(), in_=where)(np.ones(8, np.float32))
+        return len(list(tmp_path.glob("*-cache")))
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0, True), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        assert kept((1, 1, 1)) == 1
+        assert kept((2, 1, 1)) == 1
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_place_and_fetch_are_inverse() -> None:

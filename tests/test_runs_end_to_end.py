@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoding, lora
@@ -206,11 +206,8 @@ def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, set
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
-def test_one_device_and_eight_agree(
-    policy: tuple[Path, setups.OnlineSetup], base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    whole = parallel.make_mesh
-    monkeypatch.setattr(parallel, "make_mesh", lambda shape, devices=None: whole(shape, (devices or jax.devices())[:1]))
+@pytest.mark.usefixtures("one_device")
+def test_one_device_and_eight_agree(policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path) -> None:
     alone = online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final"))
     for one, eight in zip(rows_of(alone, "reward/score"), rows_of(policy[0], "reward/score"), strict=True):
         for name in ("reward/score", "kl/per_sequence_nats", "response/length_tokens", "policy/loss", "value/loss"):
@@ -219,6 +216,7 @@ def test_one_device_and_eight_agree(
     assert answers[0] == answers[1]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_few_rows_at_a_time_change_no_metric(policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path) -> None:
     few = config.Sampling(max_new_tokens=12, rows=8)
     out = online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final", sampling=few))
@@ -235,6 +233,7 @@ def test_the_answers_to_a_prompt_are_numbered_on() -> None:
     np.testing.assert_array_equal(setups._numbered(prompts, 4).sample, [0, 0, 4, 8])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_path: Path) -> None:
     algorithm = config.PPO(
         epochs=1, ptx_coef=0.5, ema_decay=0.9, adaptive_kl=config.AdaptiveKL(target=0.1, horizon=100.0), kl_estimator="exact"
@@ -261,6 +260,7 @@ def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_p
     assert any("eval_ema/score" in row for row in rows_of(out, "eval/score"))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_grpo_runs_through_the_same_loop_without_a_critic_on_prompts_of_two_widths(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +313,7 @@ def test_a_trace_of_one_step_is_written_and_nothing_else_changes(base: Path, tmp
     assert {path.name for path in out.iterdir()} - {path.name for path in (base / "sft").iterdir()} == {"profile"}
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +367,7 @@ def test_the_device_scores_while_the_host_rewards_and_memory_is_given_back(
     assert kinds(state.actor.opt_state) == {"pinned_host"}
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_step_has_its_own_seconds_and_no_decoding_copy_lies_beside_an_update(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +399,7 @@ def test_a_step_has_its_own_seconds_and_no_decoding_copy_lies_beside_an_update(
     assert all(ready)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:
     settings = ppo_run(
         tmp_path / "lora",
@@ -434,6 +437,7 @@ def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_pa
         setups.set_up_online(setups.plan_online("ppo", dataclasses.replace(settings, model=wrong)))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_reward_model_and_critic_are_adapters_on_the_actor_s_base(base: Path, tmp_path: Path) -> None:
     """One copy of the base in memory, and the same scores and values as those of the merged reward model."""
     start = base / "sft" / "final"
@@ -462,6 +466,7 @@ def test_reward_model_and_critic_are_adapters_on_the_actor_s_base(base: Path, tm
         setups.set_up_online(setups.plan_online("ppo", ppo_run(tmp_path / "none", start, scorer)))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "STEPS", {"sft": 4, "reward": 4, "ppo": 2, "hacked": 2, "addition": 2})
     monkeypatch.setattr(quickstart, "MODEL", TINY)

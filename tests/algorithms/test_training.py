@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from rlhf_jax import config
+from rlhf_jax import config, parallel
 from rlhf_jax.algorithms import training
 from rlhf_jax.types import TrainState
 
@@ -88,7 +88,7 @@ def test_parts_are_interleaved_so_that_a_sharded_batch_stays_sharded():
     np.testing.assert_array_equal(got, [[0, 3], [1, 4], [2, 5]])
     with pytest.raises(ValueError, match="6 rows cannot be split into 4"):
         training.split_rows({"x": jnp.arange(6)}, 4)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    mesh = parallel.make_mesh(config.Mesh(data=2), jax.devices()[:2])
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jax.device_put(jnp.arange(8.0), placed)
     value, metrics, _ = jax.jit(lambda x: training.accumulate(loss, {"w": jnp.float32(1.0)}, {"x": x}, 2))(x)

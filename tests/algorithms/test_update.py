@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import config, ops
+from rlhf_jax import config, ops, parallel
 from rlhf_jax.algorithms import ppo, training, update
 from rlhf_jax.types import Frozen, Moments, Rollout, RunState, Scored, Sequences, TrainState
 
@@ -148,7 +148,7 @@ def test_rule_9_every_micro_batch_split_gives_the_same_update(batch, aggregation
 def test_rule_9_a_batch_split_over_devices_gives_the_same_update(batch):
     options = {"epochs": 1, "minibatches": 2, "aggregation": "token_mean", "entropy_coef": 0.01, "kl_in": "loss"}
     *_, want, want_metrics = run(batch, **options)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    mesh = parallel.make_mesh(config.Mesh(data=2), jax.devices()[:2])
     placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
     *_, got, metrics = run(placed, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.actor.params, want.actor.params)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 
+from rlhf_jax import config, parallel
 from rlhf_jax.config import Scratch
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import at_fixed_length, make_model, scratch_spec, spec_of, stack
@@ -252,7 +253,7 @@ def test_initial_weights_depend_on_the_path_alone():
 
 
 def _mesh():
-    return Mesh(np.asarray(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return parallel.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8])
 
 
 RULES = {"batch": ("data", "fsdp"), "embed": "fsdp", "heads": "tensor", "kv": "tensor", "mlp": "tensor", "vocab": "tensor"}
