@@ -82,9 +82,8 @@ def compile_anew() -> None:
     program that was written and read back (JAX 0.10 and 0.12) has forgotten that order between a loop and what stands beside it:
     sooner or later one device waits in the loop for another that waits outside, until XLA aborts the process after 40 s.
     """
-    if jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # JAX asks once and remembers
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once and remembers
 
 
 def _lay_out(sizes: list[int], devices: list[Any]) -> np.ndarray:
