@@ -1,4 +1,4 @@
-"""Row 9 of the fault matrix, and that two processes are one run: numbers, rewards, files, the step at which both leave."""
+"""Row 9 of the fault matrix, and that two processes are one run: numbers, rewards, files, where both leave; packed."""
 
 import signal
 import time
@@ -25,6 +25,7 @@ def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_ste
     monkeypatch.setenv("CALLS", str(calls))
     arguments = ["ppo", config, f"reward.functions=[{{function: '{tmp_path}/reward.py:score'}}]", "save.every=3"]
     arguments += ["actor_optimizer.schedule=constant", "critic_optimizer.schedule=constant", "ppo.epochs=1", "ppo.ptx_coef=0"]
+    arguments += ["data.packing=true", "ppo.micro_batches=2", "batch_size=32"]
     both = stages.start_several([*arguments, "steps=100000"], processes=2, devices=4)
     deadline = time.monotonic() + 600
     while kills.lines(out / "metrics.jsonl") < 4:
