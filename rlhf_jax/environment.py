@@ -27,8 +27,8 @@ QUIET = {
 CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # small programs too: there are many
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),  # bytes; the least recently used programs go first
 }
+CACHE_BYTES = 4 * 2**30  # the least recently used programs go first
 
 MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
 COLLECT_AFTER = 20_000  # new objects; Python's default is 700
@@ -61,7 +61,10 @@ def _tpu_library_without_tpu() -> bool:
 
 
 def prepare() -> None:
-    """Sets the defaults. JAX_COMPILATION_CACHE_DIR moves the cache, JAX_ENABLE_COMPILATION_CACHE=false switches it off."""
+    """Sets the defaults. JAX_COMPILATION_CACHE_DIR moves the cache, JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+
+    A directory that was given keeps its own limit: where one process wrote without a limit, JAX writes nothing more with one.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if "JAX_PLATFORMS" not in os.environ and "JAX_FORCE_TPU_INIT" not in os.environ and _tpu_library_without_tpu():
@@ -73,6 +76,7 @@ def prepare() -> None:
         except OSError:  # a home that cannot be written to
             directory = Path(tempfile.mkdtemp(prefix="rlhf-jax-xla-"))
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
     for name, value in CACHE.items():
         os.environ.setdefault(name, value)
 

@@ -256,10 +256,16 @@ def test_environment_sets_defaults_only(monkeypatch, tmp_path):
     assert (tmp_path / "rlhf-jax/xla").is_dir()
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0"
     assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) == 0
-    environment.prepare()
-    monkeypatch.setitem(os.environ, "JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert int(os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"]) == 4 * 2**30
+
+
+def test_a_cache_that_was_given_keeps_its_own_limit(monkeypatch):
+    """JAX writes nothing with a limit where it has written without one."""
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "JAX_PLATFORMS": "cpu"})
     environment.prepare()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) == 0
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ
 
 
 def test_commands_collect_cycles_seldom_and_still_collect_them():
