@@ -1,5 +1,6 @@
 """Eight simulated CPU devices and a persistent compilation cache, set before anything imports JAX."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from rlhf_jax import parallel  # noqa: E402
+from rlhf_jax import config, parallel  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -35,10 +36,26 @@ def compiled_programs_are_read_again():
         compilation_cache.reset_cache()
 
 
+@contextlib.contextmanager
+def _one_device():
+    whole = parallel.make_mesh
+
+    def make_mesh(shape, devices=None):
+        return whole(shape, (devices or jax.devices())[:1] if shape == config.Mesh() else devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "make_mesh", make_mesh)
+        yield
+
+
 @pytest.fixture
 def one_device():
-    """Runs of this test take the first device: its programs compile sooner, and the next time they are read."""
-    whole = parallel.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda shape, devices=None: whole(shape, (devices or jax.devices())[:1]))
+    """Runs of this test that ask for no mesh take the first device: they compile sooner, and are read the next time."""
+    with _one_device():
         yield
+
+
+@pytest.fixture(scope="session")
+def on_one_device():
+    """The same for what fixtures run: a context."""
+    return _one_device

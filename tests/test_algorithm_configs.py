@@ -6,11 +6,10 @@ import re
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import cli, config, config_file, metrics, parallel, setups
+from rlhf_jax import cli, config, config_file, metrics, setups
 from rlhf_jax.rewards import make_reward
 from rlhf_jax.rewards.math_answer import math_answer
 from rlhf_jax.types import RewardInput
@@ -46,11 +45,9 @@ def run(name, out, *overrides):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
+def all_on_one_device(on_one_device):
     """Programs for one device compile and start sooner; that eight agree with one is shown elsewhere."""
-    whole = parallel.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "make_mesh", lambda shape, devices=None: whole(shape, (devices or jax.devices())[:1]))
+    with on_one_device():
         yield
 
 

@@ -14,7 +14,7 @@ LINES = 15
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
+def command(monkeypatch, capfd, one_device):
     """command("sft", file, "steps=2") -> (status, everything printed). At most 15 lines of message, no traceback."""
 
     def call(*arguments):
@@ -44,7 +44,7 @@ def sft(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory, on_one_device) -> Path:
     """A fine-tuning run that nobody interrupted, with the checkpoints of all its steps. Read only."""
     folder = tmp_path_factory.mktemp("finished")
     config = stages.write_configs(folder)["sft"]
@@ -52,7 +52,7 @@ def finished(tmp_path_factory) -> Path:
     config.write_text(yaml.safe_dump(keys | {"save": {"every": 1, "keep_every": 1}}))
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", ["rlhf-jax", "sft", str(config)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with on_one_device(), pytest.raises(SystemExit, match="^0$"):
         cli.main()
     patch.undo()
     return folder / "sft"

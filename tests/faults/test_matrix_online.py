@@ -15,8 +15,6 @@ from rlhf_jax import online
 from rlhf_jax.checkpoint import read
 from tests.faults import stages
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
 EVALUATION = 2  # calls: of the actor and of its moving average
 REWARD = """
 import numpy as np

@@ -3,6 +3,7 @@
 import signal
 import time
 
+import jax
 import pytest
 
 from rlhf_jax import integrity
@@ -18,6 +19,7 @@ def score(batch):
 """
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: the mesh asks for eight")
 def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_step(tmp_path, command, monkeypatch):
     config = stages.write_configs(tmp_path)["alone"]
     out, calls = tmp_path / "alone", tmp_path / "calls"
@@ -25,7 +27,7 @@ def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_ste
     monkeypatch.setenv("CALLS", str(calls))
     arguments = ["ppo", config, f"reward.functions=[{{function: '{tmp_path}/reward.py:score'}}]", "save.every=3"]
     arguments += ["actor_optimizer.schedule=constant", "critic_optimizer.schedule=constant", "ppo.epochs=1", "ppo.ptx_coef=0"]
-    arguments += ["data.packing=true", "ppo.micro_batches=2", "batch_size=32"]
+    arguments += ["data.packing=true", "ppo.micro_batches=2", "batch_size=32", "mesh.fsdp=8"]
     both = stages.start_several([*arguments, "steps=100000"], processes=2, devices=4)
     deadline = time.monotonic() + 600
     while kills.lines(out / "metrics.jsonl") < 4:
