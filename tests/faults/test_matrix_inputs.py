@@ -4,8 +4,8 @@ import json
 import pickle
 import shutil
 
-import numpy as np
 import jax
+import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
