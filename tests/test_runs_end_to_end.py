@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, quickstart, setups
+from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoding, lora
@@ -208,6 +208,7 @@ def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, set
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
 @pytest.mark.usefixtures("one_device")
 def test_one_device_and_eight_agree(policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path) -> None:
+    assert parallel.make_mesh(config.Mesh()).size == 1, "eight would be compared with themselves"
     alone = online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final"))
     for one, eight in zip(rows_of(alone, "reward/score"), rows_of(policy[0], "reward/score"), strict=True):
         for name in ("reward/score", "kl/per_sequence_nats", "response/length_tokens", "policy/loss", "value/loss"):
