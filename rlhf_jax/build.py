@@ -112,9 +112,7 @@ def check_mesh(spec: models.Spec, mesh: Mesh) -> None:
     parallel.check_divides(mesh, sizes | {"vocabulary": ("vocab", spec.vocab_size)})
 
 
-def abstract_part(
-    settings: config.Model, spec: models.Spec, mesh: Mesh, *, head: str, trained: bool, optimised: bool = True
-) -> programs.Part:
+def abstract_part(settings: config.Model, spec: models.Spec, mesh: Mesh, *, head: str, trained: bool) -> programs.Part:
     """A model as shapes: nothing is read.
 
     Args:

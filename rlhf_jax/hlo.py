@@ -58,7 +58,6 @@ class Report(NamedTuple):
     bytes: float  # read and written in HBM, fusions counted by their inputs and outputs
     cycles: float  # sum of the compiler's estimates (TPU only; excludes collectives and custom kernels), else 0
     kernels: int  # custom kernel calls
-    slowest: list[tuple[str, float]]  # op name, cycles
     unknown_loops: list[str]
 
 
@@ -134,7 +133,6 @@ def report(text: str, while_trips: int = 1, *, scope: str = "") -> Report:
     places, started = _Places(program), _started(program)
     wanted = re.compile(rf"\b{re.escape(scope)}\b")
     traffic: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    by_op: dict[str, float] = defaultdict(float)
     moved, cycles, kernels = 0.0, 0.0, 0.0
     for name, body in program.computations.items():
         count, fused = program.times.get(name, 0.0), program.fused.get(name, 0.0)
@@ -154,14 +152,12 @@ def report(text: str, while_trips: int = 1, *, scope: str = "") -> Report:
             estimate = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
             if estimate:
                 cycles += int(estimate.group(1)) * count
-                by_op[_op_name(op) or op.name] += int(estimate.group(1)) * count
             kernels += count * (op.opcode == "custom-call" and "tpu_custom_call" in op.rest)
     return Report(
         collectives={kind: Traffic(int(n), size) for kind, (n, size) in sorted(traffic.items())},
         bytes=moved,
         cycles=cycles,
         kernels=int(kernels),
-        slowest=sorted(by_op.items(), key=lambda item: -item[1])[:12],
         unknown_loops=program.unknown_loops,
     )
 

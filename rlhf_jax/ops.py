@@ -316,16 +316,27 @@ def token_logprobs(
     return out if mask is None else jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)
 
 
-def token_correct(
-    hidden: jax.Array, unembed: Callable[[jax.Array], jax.Array], targets: jax.Array, *, chunk: int | None = None
-) -> jax.Array:
-    """Whether each target is the likeliest token: hidden f[B, R, D], targets i32[B, R] -> bool[B, R]; chunked, no gradient."""
+def token_logprobs_and_correct(
+    hidden: jax.Array,
+    unembed: Callable[[jax.Array], jax.Array],
+    targets: jax.Array,
+    *,
+    chunk: int | None = None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs`, and whether no token was likelier than the target, from the same logits: f32[B, R] and bool[B, R].
+
+    Args: hidden f[B, R, D]; unembed f[..., D] -> f[..., V]; targets i32[B, R]; mask bool[B, R], outside it 0 and False.
+    """
     chex.assert_rank([hidden, targets], [3, 2])
 
-    def head(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return jnp.argmax(unembed(hidden), -1).astype(targets.dtype) == targets
+    def head(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = unembed(hidden).astype(jnp.float32)
+        fixed = jax.lax.stop_gradient(logits)
+        return _target_logprobs(logits, targets), _pick(fixed, targets) >= jnp.max(fixed, -1)
 
-    return _over_chunks(head, chunk, (jax.lax.stop_gradient(hidden), targets))
+    logprobs, correct = _over_chunks(head, chunk, (_blank(hidden, mask), targets))
+    return (logprobs, correct) if mask is None else (jnp.where(mask, logprobs, 0.0), correct & mask)
 
 
 def token_kl(

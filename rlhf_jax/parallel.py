@@ -263,16 +263,12 @@ def each_shard(fn: Callable, mesh: Mesh) -> Callable:
     )
 
 
-def compile_step(
-    fn: Callable, *, in_: Any = None, out: Any = None, donate: tuple[int, ...] = (), platform: str | None = None
-) -> Any:
+def compile_step(fn: Callable, *, out: Any = None, donate: tuple[int, ...] = (), platform: str | None = None) -> Any:
     """Jit one step of a run with its shardings and donated arguments; None leaves a placement to the arguments.
 
     `platform` is the one it will be compiled for, by default that of this process's devices.
     """
     options: dict[str, Any] = {"donate_argnums": donate}
-    if in_ is not None:
-        options["in_shardings"] = in_
     if out is not None:
         options["out_shardings"] = out
     return jax.jit(fn, compiler_options=COMPILER_OPTIONS.get(platform or jax.default_backend()), **options)

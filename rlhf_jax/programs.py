@@ -280,8 +280,10 @@ def offline_functions(
     stage: str, run: Any, algorithm: training.Offline, model: Model, tx: optax.GradientTransformation
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(state, batch, frozen) -> (state, metrics), and (params, frozen, batch) -> metrics of a batch that is not trained on."""
-    reward = stage == "reward"
-    inner = scoring.make_score_apply(model) if reward else scoring.make_sequence_apply(model, run.model.logprob_chunk)
+    if stage == "reward":
+        inner = scoring.make_score_apply(model)
+    else:
+        inner = scoring.make_sequence_apply(model, run.model.logprob_chunk, correct=stage == "sft")
 
     def apply(params: Params, frozen: Frozen, batch: Sequences) -> Any:
         return inner(params, frozen.actor, batch)

@@ -126,24 +126,30 @@ def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> 
     return score
 
 
-def make_sequence_apply(model: Model, chunk: int | None = None) -> Callable[[Params, Params | None, Sequences], jax.Array]:
+def make_sequence_apply(
+    model: Model, chunk: int | None = None, *, correct: bool = False
+) -> Callable[[Params, Params | None, Sequences], Any]:
     """(params, base, sequences) -> f32[B, T], nats: log-probability of token t given those before it in its own sequence.
 
-    Entry 0, the first token of every packed sequence and padding are 0: nothing predicts them.
+    Entry 0, the first token of every packed sequence and padding are 0: nothing predicts them. With `correct` a pair of that
+    and bool[B, T], whether no token was likelier than token t.
     """
 
-    def apply(params: Params, base: Params | None, sequences: Sequences) -> jax.Array:
+    def apply(params: Params, base: Params | None, sequences: Sequences) -> Any:
         merged = join(base, params)
         hidden = sequence_states(model, merged, sequences)
         mask = sequences.mask[:, 1:] & sequences.mask[:, :-1]
         if sequences.segments is not None:
             mask &= sequences.segments[:, 1:] == sequences.segments[:, :-1]
 
-        def score(head: Params, states: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-            return ops.token_logprobs(states, functools.partial(model.logits, head), targets, chunk=chunk, mask=mask)[0]
+        def score(head: Params, states: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+            unembed, options = functools.partial(model.logits, head), {"chunk": chunk, "mask": mask}
+            if correct:
+                return ops.token_logprobs_and_correct(states, unembed, targets, **options)
+            return ops.token_logprobs(states, unembed, targets, **options)[0]
 
-        logprobs = model.by_rows(score, (merged,), hidden[:, :-1], sequences.tokens[:, 1:], mask)
-        return jnp.pad(logprobs, ((0, 0), (1, 0)))
+        found = model.by_rows(score, (merged,), hidden[:, :-1], sequences.tokens[:, 1:], mask)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), found)
 
     return apply
 

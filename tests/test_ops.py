@@ -147,10 +147,11 @@ def test_chunked_logprobs_equal_the_whole_for_every_chunk(model, chunk):
 
         logprobs, entropy = ops.token_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk, entropy=True)
         kl = ops.token_kl(hidden, head, other, head, temperature=0.7, chunk=chunk)
-        correct = ops.token_correct(hidden, head, targets, chunk=chunk)
-        return logprobs, entropy, kl, ops.exact_kl(head(hidden) / 0.7, head(other) / 0.7), correct
+        plain, correct = ops.token_logprobs_and_correct(hidden, head, targets, chunk=chunk)
+        return logprobs, entropy, kl, ops.exact_kl(head(hidden) / 0.7, head(other) / 0.7), plain, correct
 
-    got, entropy, kl, want_kl, correct = everything(hidden, hidden[::-1])
+    got, entropy, kl, want_kl, plain, correct = everything(hidden, hidden[::-1])
+    oracles.close(plain, whole(hidden, matrix, targets, 1.0)[0])
     want, want_entropy = whole(hidden, matrix, targets, 0.7)
     oracles.close(got, want)
     oracles.close(entropy, want_entropy)

@@ -203,7 +203,7 @@ def test_programs_of_several_cpu_devices_are_never_read_back(tmp_path: Path) -> 
 
     def kept(shape: tuple[int, int, int]) -> int:
         where = parallel.batch_sharding(mesh_of(*shape))
-        parallel.compile_step(lambda x: jnp.sin(x).sum(), in_=where)(np.ones(8, np.float32))
+        parallel.compile_step(lambda x: jnp.sin(x).sum())(parallel.place(np.ones(8, np.float32), where))
         return len(list(tmp_path.glob("*-cache")))
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")

@@ -86,6 +86,8 @@ def test_fine_tuning_lowers_the_loss_and_writes_what_it_should(base: Path) -> No
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["sft/loss_nats"] < rows[0]["sft/loss_nats"]
     assert [row["step"] for row in rows_of(base / "sft", "sft/eval_loss_nats")] == [0, 2, 4]
+    for name in ("sft/accuracy", "sft/eval_accuracy"):
+        assert rows_of(base / "sft", name)[-1][name] > rows_of(base / "sft", name)[0][name] >= 0
     for name in ("config.resolved.yaml", "summary.json", "report.html", "final/config.json", "final/tokenizer.json"):
         assert (base / "sft" / name).is_file(), name
     assert metrics.read_summary(base / "sft")["status"] == "finished"

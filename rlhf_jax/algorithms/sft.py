@@ -30,7 +30,7 @@ def loss(
     """Mean of -log p over all target tokens of the global batch (this part's share), nats.
 
     `apply(params, frozen, batch)` returns logprobs f32[B, T] (entry t = log-probability of token t), or a pair of them and
-    bool[B, T], whether each token was the likeliest (`ops.token_correct`), which adds sft/accuracy.
+    bool[B, T], whether no token was likelier than token t, which adds sft/accuracy.
     """
     out = apply(params, frozen, batch)
     logprobs, correct = out if isinstance(out, tuple) else (out, None)

@@ -53,11 +53,9 @@ def permute(positions: np.ndarray, rows: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def _rows(positions: np.ndarray, rows: int, seed: int, stream: int, shuffle: bool) -> np.ndarray:
+def _rows(positions: np.ndarray, rows: int, seed: int, stream: int) -> np.ndarray:
     """Rows at positions i64[B] of the endless stream of one source."""
     epochs, within = np.divmod(positions, rows)
-    if not shuffle:
-        return within
     out = np.empty_like(within)
     for epoch in np.unique(epochs):
         here = epochs == epoch
@@ -72,7 +70,7 @@ def _require(step: int, batch_size: int, rows: int) -> None:
         raise UserError("a data set has 0 rows: nothing to draw a batch from; check the file and its filters")
 
 
-def indices(seed: int, step: int, batch_size: int, rows: int, *, shuffle: bool = True) -> np.ndarray:
+def indices(seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
     """Rows of the batch of one step: positions step*B .. (step+1)*B - 1 of the stream of epochs.
 
     Args: seed and step; batch_size B (rows); rows of the data set. Returns i64[B]. In every epoch each row comes once; a batch
@@ -80,7 +78,7 @@ def indices(seed: int, step: int, batch_size: int, rows: int, *, shuffle: bool =
     """
     _require(step, batch_size, rows)
     positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    return _rows(positions, rows, seed, 0, shuffle)
+    return _rows(positions, rows, seed, 0)
 
 
 def _shares(weights: tuple[float, ...]) -> np.ndarray:
@@ -99,14 +97,14 @@ def _shares(weights: tuple[float, ...]) -> np.ndarray:
     return shares
 
 
-def _turns(positions: np.ndarray, seed: int, shares: np.ndarray, shuffle: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def _turns(positions: np.ndarray, seed: int, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which source has each position of a mixed stream, and how many draws it had before: both i64[B]."""
     edges = np.cumsum(shares)
     source, draw = np.empty_like(positions), np.empty_like(positions)
     blocks = positions // BLOCK
     for block in np.unique(blocks):
         slots = np.arange(BLOCK, dtype=np.int64)
-        order = permute(slots, BLOCK, _key(seed, 1 << 32, int(block))) if shuffle else (slots * 1597) % BLOCK
+        order = permute(slots, BLOCK, _key(seed, 1 << 32, int(block)))
         of_slot = np.searchsorted(edges, order, side="right")
         one_hot = of_slot[:, None] == np.arange(len(shares))
         before = np.cumsum(one_hot, axis=0)[slots, of_slot] - 1
@@ -129,7 +127,7 @@ def derived(seed: int, number: int) -> int:
 
 
 def mixture(
-    seed: int, step: int, batch_size: int, rows: tuple[int, ...], weights: tuple[float, ...], *, shuffle: bool = True
+    seed: int, step: int, batch_size: int, rows: tuple[int, ...], weights: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Source and row of every entry of a batch drawn from several sources.
 
@@ -141,9 +139,9 @@ def mixture(
     for count in rows:
         _require(step, batch_size, count)
     positions = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    source, draw = _turns(positions, seed, _shares(weights), shuffle)
+    source, draw = _turns(positions, seed, _shares(weights))
     row = np.empty(batch_size, np.int64)
     for number, count in enumerate(rows):
         mine = source == number
-        row[mine] = _rows(draw[mine], count, seed, number, shuffle)
+        row[mine] = _rows(draw[mine], count, seed, number)
     return source, row
