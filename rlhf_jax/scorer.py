@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from rlhf_jax import build, config, models, parallel, scoring
+from rlhf_jax.algorithms.reward_model import last_score
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.encode import sequence
 from rlhf_jax.data.formats import Text
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Rollout
+from rlhf_jax.types import Params, Sequences
 
 SHORTEST = 32  # tokens; batches are this wide or a power of two times it
 UNKNOWN_LENGTH = 4096  # tokens, for a model whose config.json names no length
@@ -33,7 +34,7 @@ class Scorer:
     mesh: jax.sharding.Mesh
     max_length: int  # tokens of prompt and answer together
     rows: int  # sequences scored at one time
-    compiled: Any  # (params, rollout) -> f32[rows]
+    compiled: Any  # (params, Sequences) -> f32[rows]
 
     def encode(self, prompt: Text, response: str, finished: bool = True) -> list[int]:
         """Ids of a prompt (text or messages) with its answer. Errors: `UserError` where they are longer than the model takes."""
@@ -68,21 +69,21 @@ def open_scorer(
     if not models.has_scalar_head(path):
         raise UserError(f"{path} is a language model, which gives no scores; name a reward model (`rlhf-jax reward` trains one)")
     loaded = build.load(settings, where, head="score", key=None, real_vocab=tokenizer.vocab_size, path=str(path), trained=False)
-    score = scoring.make_reward_scorer(loaded.model, loaded.calibration)
+    apply, calibration = scoring.make_score_apply(loaded.model), loaded.calibration
+
+    def score(params: Params, batch: Sequences) -> jax.Array:
+        return (last_score(apply(params, None, batch), batch.mask) - calibration.mean) / calibration.std
+
     compiled = parallel.compile_step(score, out=parallel.batch_sharding(where))
     parts = parallel.axis_size(where, "batch")
     return Scorer(loaded, tokenizer, where, loaded.spec.max_length or UNKNOWN_LENGTH, -(-ROWS // parts) * parts, compiled)
 
 
-def _batch(rows: Sequence[Sequence[int]], count: int, pad_id: int) -> Rollout:
-    """Token lists as right-padded rows of a rollout of which only tokens and mask are read; missing rows hold padding."""
+def _batch(rows: Sequence[Sequence[int]], count: int, pad_id: int) -> Sequences:
+    """Token lists as right-padded rows; missing ones hold padding."""
     width = max(SHORTEST, 1 << (max(map(len, rows)) - 1).bit_length())
     tokens: Any = np.full((count, width), pad_id, np.int32)
     mask: Any = np.zeros((count, width), bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    none: Any = np.zeros((count, 0), np.float32)
-    zeros: Any = np.zeros(count, np.int32)
-    return Rollout(
-        tokens=tokens, mask=mask, action_mask=none.astype(bool), finished=zeros.astype(bool), logprobs=none, index=zeros
-    )
+    return Sequences(tokens=tokens, mask=mask, target_mask=mask)

@@ -18,6 +18,7 @@ from rlhf_jax import checkpoint, config, export, metrics, models, offline, onlin
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoding, lora
+from rlhf_jax.scorer import open_scorer
 from rlhf_jax.types import Prompts
 
 TINY = config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, max_length=64)
@@ -101,6 +102,18 @@ def test_a_reward_model_is_saved_with_its_calibration(base: Path) -> None:
     assert (found.calibration.mean, found.calibration.std) != (0.0, 1.0)
     summary = metrics.read_summary(base / "reward")
     assert sum(each["count"] for each in summary["calibration"]) > 0
+
+
+def test_a_reward_model_that_scores_texts_says_what_it_said_in_training(base: Path, policy: tuple[Path, Any]) -> None:
+    """What `evaluate` and `serve` score with, on the answers of the run's own evaluations."""
+    rows = [json.loads(line) for line in (policy[0] / "samples.jsonl").read_text().splitlines()]
+    scorer = open_scorer(base / "reward" / "final")
+    ids = [scorer.encode(row["prompt"], row["response"], row["finished"]) for row in rows]
+    prompt = len(scorer.encode(rows[0]["prompt"], "", finished=False))
+    whole = [n for n, row in enumerate(rows) if len(ids[n]) == prompt + row["length_tokens"]]  # others hold special tokens
+    assert len(whole) >= 3
+    found = scorer.score([ids[n] for n in whole])
+    np.testing.assert_allclose(found, [rows[n]["score"] for n in whole], atol=1e-4)
 
 
 def test_every_metric_of_ppo_is_there(policy: tuple[Path, setups.OnlineSetup]) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import directories
 import jax
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 import uvicorn
 
-from rlhf_jax import cli, config, scorer
+from rlhf_jax import cli, config, models, scorer
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import http_reward
@@ -180,6 +181,18 @@ def test_scores_are_those_of_the_reward_model(rewarding):
     assert said == pytest.approx(model.score([model.encode(MESSAGES, "5")])[0], abs=1e-6)
     halves = {"prompt": MESSAGES, "response": "5"}
     assert rewarding.http("POST", "/v1/score", halves)[1]["scores"] == [said]
+
+
+def test_a_score_is_the_head_at_the_last_token():
+    """Of rows of any length, also those that padding follows: beside the model itself without padding."""
+    model = scorer.open_scorer(directories.reward_model(), mesh=config.Mesh(data=1, fsdp=1), devices=jax.devices()[:1])
+    found = models.load_checkpoint(directories.reward_model(), head="score")
+    plain = models.make_model(found.spec)
+    rows = [list(range(10, 10 + length)) for length in (1, 7, 31, 32, 33)]
+    for row, score in zip(rows, model.score(rows), strict=True):
+        tokens = jnp.asarray([row])
+        raw = plain.score(found.params, plain.hidden(found.params, tokens, jnp.ones_like(tokens, bool)))[0, -1]
+        assert score == pytest.approx((float(raw) - found.calibration.mean) / found.calibration.std, abs=1e-5)
 
 
 def test_a_score_depends_on_its_own_row_alone():
