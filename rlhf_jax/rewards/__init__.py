@@ -16,7 +16,8 @@ from rlhf_jax.rewards.exact import exact
 from rlhf_jax.rewards.http import http_reward
 from rlhf_jax.rewards.length import length
 from rlhf_jax.rewards.load import load_function
-from rlhf_jax.rewards.math_answer import final_number, math_answer
+from rlhf_jax.rewards.math_answer import math_answer
+from rlhf_jax.rewards.numerals import final_number
 from rlhf_jax.rewards.regex import regex
 from rlhf_jax.rewards.repetition import repetition
 from rlhf_jax.types import RewardInput

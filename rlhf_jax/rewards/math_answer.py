@@ -1,36 +1,10 @@
 """Is the final number right? For answers in GSM8K's form (Cobbe et al. 2021, arXiv:2110.14168): "… #### 72"."""
 
-import re
-from decimal import Decimal, InvalidOperation
-
 import numpy as np
 
 from rlhf_jax.rewards.check import RewardError, shorten
+from rlhf_jax.rewards.numerals import read, sole_number
 from rlhf_jax.types import RewardInput
-
-# A sign counts only where it cannot be a subtraction; thousands are grouped by commas; a decimal point needs a digit after it.
-_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-\u2212]?\$?\.\d+")
-_MARK = "####"
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last "####", else the last number of the text; None where there is none.
-
-    Commas, a currency sign and a trailing full stop or per cent sign are ignored.
-    """
-    _, mark, tail = text.rpartition(_MARK)
-    if mark:
-        first = _NUMBER.search(tail)
-        return None if first is None else _decimal(first.group())
-    found = _NUMBER.findall(text)
-    return _decimal(found[-1]) if found else None
-
-
-def _decimal(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", "").replace("$", "").replace("\u2212", "-"))
-    except InvalidOperation:
-        return None
 
 
 def math_answer(
@@ -41,11 +15,13 @@ def math_answer(
     wrong: float = 0.0,
     format_bonus: float = 0.0,
     strict: bool = False,
+    must_finish: bool = True,
 ) -> np.ndarray:
-    """`right` where the response's final number equals that of the row's `column`, else `wrong`.
+    """`right` where the response's final number equals that of the row's `column`, else `wrong`; compared as exact fractions.
 
-    `format_bonus` is added where "####" is followed by a number. With `strict` only a number after "####" counts.
-    Returns f32[B]. Errors: `RewardError` for a missing column, or one without a number.
+    `format_bonus` is added where "####" is followed by a number. With `strict` only a number after "####" counts. With
+    `must_finish` a response that did not end is `wrong`, without bonus: "#### 7" may be the beginning of "#### 72".
+    Returns f32[B]. Errors: `RewardError` for a missing column, or one that does not hold one number.
     """
     if column not in batch.columns:
         raise RewardError(
@@ -54,13 +30,14 @@ def math_answer(
         )
     scores = np.zeros(len(batch.responses), np.float32)
     for index, (response, wanted) in enumerate(zip(batch.responses, batch.columns[column], strict=True)):
-        truth = final_number(str(wanted)) if wanted is not None else None
+        truth = sole_number(wanted)
         if truth is None:
             raise RewardError(
                 f"reward math_answer: sample {index}: no number in column {column!r}: {shorten(str(wanted))}; "
-                f"prompt {shorten(batch.prompts[index])}"
+                f"prompt {shorten(batch.prompts[index])}; a row needs one plain number or fraction (after '####' where there is "
+                "text before it): mend or drop the row, or use the reward exact or a function of your own"
             )
-        formatted = _MARK in response and final_number(response) is not None
-        given = final_number(response) if formatted or not strict else None
-        scores[index] = (right if given == truth else wrong) + (format_bonus if formatted else 0.0)
+        value, marked = read(response) if batch.finished[index] or not must_finish else (None, False)
+        correct = value == truth and (marked or not strict)
+        scores[index] = (right if correct else wrong) + (format_bonus if marked and value is not None else 0.0)
     return scores
