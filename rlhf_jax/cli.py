@@ -164,17 +164,28 @@ def fit(
 @app.command()
 def generate(
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory in Hugging Face layout.")],
-    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or jsonl with prompt or messages.")],
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or data in any form of docs/data.md.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at one time.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
+    chat: cli_models.ChatOption = False,
+    columns: cli_models.Columns = None,
 ) -> None:
     """Answer the prompts of a file; one JSON object a line."""
+    named = cli_models.renames(columns)
     module = _start("generate")
     for line in module.generate(
-        model_dir, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_size=batch_size, seed=seed
+        model_dir,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        seed=seed,
+        chat=chat,
+        columns=named,
     ):
         typer.echo(line)
 

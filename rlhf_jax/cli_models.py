@@ -26,6 +26,10 @@ MaxLength = Annotated[
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")]
 Seed = Annotated[int, typer.Option(min=0, help="Root of every random key.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Prompts as a user's messages: for a model trained with data.chat.")]
+Columns = Annotated[
+    list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Rename a column, as data.columns does; repeatable.")
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 
 
@@ -82,6 +86,8 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="REWARD", help="Reward model's directory, shipped reward or path/to/file.py:function; repeatable."),
     ] = None,
+    chat: ChatOption = False,
+    columns: Columns = None,
     reference: Annotated[str | None, typer.Option(metavar="MODEL_DIR", help="KL of the model to this one.")] = None,
     against: Annotated[str | None, typer.Option(metavar="MODEL_DIR", help="Win rate over this one.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
@@ -100,6 +106,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Reward, KL, win rate, pass@k, best of n, with intervals."""
+    named = renames(columns)
     pass_counts, best_counts = numbers("--pass-at", pass_at), numbers("--best-of", best_of)
     room = start("evaluate")
     settings = room.Settings(
@@ -118,6 +125,8 @@ def evaluate(
         seed=seed,
         confidence=confidence,
         dtype=dtype.value,
+        chat=chat,
+        columns=named,
     )
     found = room.evaluate(model_dir, prompts, settings, out=out)
     typer.echo((room.to_json if json else room.to_text)(found, model_dir, settings))
@@ -132,6 +141,14 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UserError(f"{option} {text}: must be whole numbers with commas between them, such as 1,8") from None
+
+
+def renames(columns: list[str] | None) -> dict[str, str]:
+    """["prompt=problem"] as {"prompt": "problem"}."""
+    for text in columns or ():
+        if not all(text.partition("=")):
+            raise UserError(f"--columns {text}: must be OURS=THEIRS, such as prompt=problem; repeat the option for others")
+    return {ours: theirs for ours, _, theirs in (text.partition("=") for text in columns or ())}
 
 
 def start(module: str) -> Any:

@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 
 from rlhf_jax import config, estimates, generate, models, parallel, scoring
-from rlhf_jax.data.formats import Text, detect, normalise, render_plain
-from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.encode import prompt_text
+from rlhf_jax.data.questions import Question, read_questions
 from rlhf_jax.errors import UserError, without_secrets
 from rlhf_jax.estimates import Interval
 from rlhf_jax.generate import Generator, encode_prompt, left_padded
@@ -52,14 +52,8 @@ class Settings:
     seed: int = 0
     confidence: float = 0.95
     dtype: Any = "float32"
-
-
-class Question(NamedTuple):
-    """A prompt with the other columns of its row."""
-
-    prompt: Text
-    columns: dict[str, Any]
-    where: str  # "prompts.jsonl:7"
+    chat: bool = False  # as data.chat of the run
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # as data.columns of the run
 
 
 class Answers(NamedTuple):
@@ -89,7 +83,7 @@ def evaluate(model: Path, prompts: Path, settings: Settings, *, out: Path | None
     Raises `UserError` for settings that need what is not given, and wherever a file or a directory cannot be used.
     """
     check(settings)
-    questions = read_questions(prompts, settings.limit)
+    questions = read_questions(prompts, config.Data(columns=settings.columns, chat=settings.chat, limit=settings.limit))
     answers = answer(str(model), questions, settings, reference=settings.reference)
     scores = {name: score(name, answers, questions) for name in settings.rewards}
     other = {}
@@ -123,25 +117,6 @@ def check(settings: Settings) -> None:
     for option, name in (("--reference", s.reference), ("--against", s.against)):
         if name is not None and models.has_scalar_head(name):
             raise UserError(f"{option} {name}: is a reward model or a critic; name a language model")
-
-
-def read_questions(path: Path, limit: int | None) -> list[Question]:
-    """Prompts of a text file (one a line), or of a data file in any form that docs/data.md tells, with the other columns."""
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file; give a text file with one prompt a line, or a jsonl file")
-    if path.suffix == ".txt":
-        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-        found = [Question(line, {}, f"{path}:{n}") for n, line in lines[:limit]]
-    else:
-        source = open_source(str(path), limit=limit)
-        found = []
-        for number in range(len(source)):
-            row, where = source.row(number), source.where(number)
-            read = normalise(row, "prompts", detect(row, "prompts", where), where)
-            found.append(Question(read.prompt, read.columns, where))
-    if not found:
-        raise UserError(f"--prompts {path}: no prompts in it")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -197,7 +172,7 @@ def check_lengths(generator: Generator, ids: list[list[int]], questions: Sequenc
     for row, question in zip(ids, questions, strict=True):
         if longest and len(row) + settings.max_new_tokens > longest:
             raise UserError(
-                f"{question.where}: the prompt has {len(row)} tokens; with --max-new-tokens {settings.max_new_tokens} that is "
+                f"{question.where()}: the prompt has {len(row)} tokens; with --max-new-tokens {settings.max_new_tokens} that is "
                 f"more than the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
             )
 
@@ -253,7 +228,7 @@ def score(name: str, answers: Answers, questions: Sequence[Question]) -> Array:
     rows = [question for question in questions for _ in range(samples)]
     columns = {key: [row.columns.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row.columns)}
     batch = RewardInput(
-        prompts=[render_plain(row.prompt) for row in rows],
+        prompts=[prompt_text(row.prompt, answers.tokenizer) for row in rows],
         responses=[text for texts in answers.texts for text in texts],
         finished=answers.finished.reshape(-1),
         columns=columns,
@@ -274,7 +249,7 @@ def score_by_model(directory: str, answers: Answers, questions: Sequence[Questio
                 else:
                     rows.append(scorer.encode(question.prompt, text, bool(answers.finished[place][number])))
             except UserError as error:
-                raise UserError(f"{question.where}: {error}") from None
+                raise UserError(f"{question.where()}: {error}") from None
     return scorer.score(rows).astype(np.float64).reshape(len(questions), -1)
 
 

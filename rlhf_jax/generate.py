@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import build, config, models, parallel, sampling, setups
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.formats import ASSISTANT, HUMAN, Message
-from rlhf_jax.data.sources import open_source
+from rlhf_jax.data.questions import read_questions
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Prompts
@@ -133,32 +133,17 @@ def generate(
     top_p: float,
     batch_size: int,
     seed: int,
+    chat: bool = False,
+    columns: dict[str, str] | None = None,
 ) -> Iterator[str]:
-    """Answers to a file of prompts as JSON lines {"prompt", "response", "finished", "logprob_nats"}."""
-    questions = read_prompts(prompts)
+    """Answers to a file of prompts as JSON lines {"prompt", "response", "finished", "logprob_nats"}.
+
+    `chat` and `columns` are those of the run's `data`: the model is asked as it was trained.
+    """
+    questions = [question.prompt for question in read_questions(prompts, config.Data(columns=columns or {}, chat=chat))]
     generator = open_model(model_dir)
     settings = config.Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     ids = [encode_prompt(generator.tokenizer, question) for question in questions]
     for question, found in zip(questions, answer(generator, ids, settings, seed=seed, batch_size=batch_size), strict=True):
         row = {"prompt": question, "response": found.text, "finished": found.finished, "logprob_nats": round(found.logprob, 4)}
         yield json.dumps(row, ensure_ascii=False)
-
-
-def read_prompts(path: Path) -> list[str | list[Message]]:
-    """Prompts of a text file (one a line) or of a data file with a column `prompt` or `messages`."""
-    if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file; give a text file with one prompt a line, or a jsonl file")
-    if path.suffix == ".txt":
-        found: list[Any] = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        source = open_source(str(path))
-        found = []
-        for number in range(len(source)):
-            row = source.row(number)
-            value = row.get("prompt", row.get("messages"))
-            if value is None:
-                raise UserError(f"{source.where(number)}: columns {', '.join(row)}: a prompt or messages column is needed")
-            found.append(value)
-    if not found:
-        raise UserError(f"--prompts {path}: no prompts in it")
-    return found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import cli, config, estimates, evaluate, generate, models, parallel, sampling, scorer
+from rlhf_jax.data.batches import make_prompt_data
 from rlhf_jax.data.tokenizer import train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate import Settings
@@ -141,25 +142,57 @@ def test_a_reward_model_with_another_tokenizer_reads_texts(files, tmp_path):
         prompts=[[1]],
         tokenizer=generate.load_tokenizer(directories.language_model()),
     )
-    question = evaluate.Question("two + three", {}, "here:1")
+    question = evaluate.Question("two + three", {}, lambda: "here:1")
     model = scorer.open_scorer(tmp_path / "rm")
     wanted = model.score([model.encode("two + three", "five"), model.encode("two + three", "six", False)])
     assert evaluate.score(str(tmp_path / "rm"), answers, [question]).tolist() == [pytest.approx(wanted.tolist())]
-    long = evaluate.Question("two " * 1000, {}, "here:1")
+    long = evaluate.Question("two " * 1000, {}, lambda: "here:1")
     with pytest.raises(UserError, match="here:1: prompt and answer have .* tokens and the reward model takes 1 to 1024"):
         evaluate.score(str(tmp_path / "rm"), answers, [long])
 
 
 def test_questions_come_in_every_form_that_prompts_have(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert [(q.prompt, q.where) for q in evaluate.read_questions(tmp_path / "a.txt", None)] == [
+    assert [(q.prompt, q.where()) for q in evaluate.read_questions(tmp_path / "a.txt", None)] == [
         ("one", f"{tmp_path}/a.txt:1"),
         ("two", f"{tmp_path}/a.txt:3"),
     ]
     rows = [{"question": "2 + 3", "answer": "#### 5"}, {"question": "1 + 1", "answer": "#### 2"}]
     (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (first,) = evaluate.read_questions(tmp_path / "gsm.jsonl", 1)
+    (first,) = evaluate.read_questions(tmp_path / "gsm.jsonl", config.Data(limit=1))
     assert (first.prompt, first.columns) == ("Question: 2 + 3\nAnswer:", {"answer": "#### 5"})
+    assert evaluate.read_questions(tmp_path / "gsm.jsonl")[1].where() == f"{tmp_path}/gsm.jsonl:2"
+
+
+@pytest.mark.parametrize(
+    ("row", "data"),
+    [
+        ({"question": "2 + 3", "answer": "#### 5"}, {}),
+        ({"question": "2 + 3", "answer": "#### 5"}, {"chat": True}),
+        ({"prompt": "2 + 3", "answer": "#### 5"}, {"chat": True}),
+        ({"messages": [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": "5"}], "answer": "#### 5"}, {}),
+        ({"problem": "2 + 3", "solution": "5", "id": 7}, {"columns": {"prompt": "problem", "answer": "solution"}}),
+        ({"problem": "2 + 3", "solution": "5"}, {"columns": {"question": "problem", "answer": "solution"}, "chat": True}),
+    ],
+)
+def test_model_and_rewards_see_a_question_as_in_training(tmp_path, row, data):
+    tokenizer = generate.load_tokenizer(directories.language_model())
+    settings = config.Data(**data)
+    trained = make_prompt_data(settings, tokenizer, seed=0, batch_size=1, rows=[row])
+    prompts = trained.prompts(np.asarray([0]))
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = evaluate.read_questions(tmp_path / "asked.jsonl", settings)
+    assert generate.encode_prompt(tokenizer, question.prompt) == prompts.tokens[0][prompts.mask[0]].tolist()
+    (tmp_path / "mine.py").write_text(f"def same(batch):\n    return [float(batch.prompts == {trained.texts([0])!r})]\n")
+    answers = evaluate.Answers([[[5]]], [["5"]], np.asarray([[True]]), None, [[1]], tokenizer)
+    assert evaluate.score(f"{tmp_path}/mine.py:same", answers, [question]) == 1.0
+    assert {name: [value] for name, value in question.columns.items()} == trained.columns([0])
+
+
+def test_a_line_of_text_can_be_a_users_message(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    (found,) = evaluate.read_questions(tmp_path / "a.txt", config.Data(chat=True))
+    assert found.prompt == [{"role": "user", "content": "one"}]
 
 
 def test_a_servers_password_is_not_shown():
@@ -243,6 +276,8 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
         (["--best-of", "0", "--reward", "length"], "--best-of 0 needs"),
         (["--confidence", "95"], "--confidence 95.0: must lie between 0 and 1"),
         (["--max-new-tokens", "128"], "the prompt has 3 tokens; with --max-new-tokens 128 that is more than the 128"),
+        (["--columns", "prompt"], "--columns prompt: must be OURS=THEIRS, such as prompt=problem"),
+        (["--columns", "prompt=text"], "short.txt is plain text and has no columns; leave it out"),
         (["--batch-size", "3"], "--batch-size 3: must be a multiple of"),
     ],
 )
@@ -257,6 +292,28 @@ def test_mistakes_are_one_message(run, files, options, message):
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_the_command_asks_as_a_run_with_data_chat_and_columns(run, files):
+    (files / "gsm.jsonl").write_text(json.dumps({"problem": "2 + 3", "answer": "#### 5"}) + "\n")
+    options = ["--chat", "--columns", "question=problem", "--reward", "math_answer", "--json", "--out", files / "gsm.out"]
+    status, text, err = run(*options, prompts="gsm.jsonl")
+    assert (status, err) == (0, "")
+    assert (json.loads(text)["settings"]["chat"], json.loads(text)["settings"]["columns"]) == (True, {"question": "problem"})
+    assert json.loads((files / "gsm.out").read_text())["prompt"] == [{"role": "user", "content": "2 + 3"}]
+    status, _, err = run("--columns", "question=problems", prompts="gsm.jsonl")
+    assert status == 2
+    assert "gsm.jsonl:1: data.columns.question: problems names a column that is not there; found problem, answer" in err
+    assert "on this command line --columns OURS=THEIRS" in err
+
+
+def test_generate_reads_the_same_files(files, monkeypatch, capsys):
+    (files / "gsm.jsonl").write_text(json.dumps({"problem": "2 + 3", "answer": "#### 5"}) + "\n")
+    command = ["rlhf-jax", "generate", directories.language_model(), "--prompts", files / "gsm.jsonl", "--max-new-tokens", 4]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in [*command, "--chat", "--columns", "question=problem"]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out)["prompt"] == [{"role": "user", "content": "2 + 3"}]
 
 
 def test_a_reward_model_gives_no_answers(run):

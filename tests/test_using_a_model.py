@@ -40,6 +40,10 @@ def place(tmp_path, monkeypatch):
         Path(f"runs/quickstart/{stage}/final").symlink_to(directory)
     Path("runs/quickstart/reward").mkdir()
     Path("runs/quickstart/reward/final").symlink_to(directories.reward_model())
+    Path("runs/gsm8k/grpo").mkdir(parents=True)
+    Path("runs/gsm8k/grpo/final").symlink_to(directories.language_model())
+    Path("test.jsonl").write_text(json.dumps({"question": "2 + 3 ?", "answer": "#### 5"}) + "\n")
+    Path("problems.jsonl").write_text(json.dumps({"problem": "2 + 3 ?", "solution": "5"}) + "\n")
     Path("sums.jsonl").write_text(json.dumps({"prompt": "what is 2 + 3 ?", "answer": "5"}) + "\n")
     return tmp_path
 
@@ -82,7 +86,7 @@ def test_chat(place, run, monkeypatch):
 
 def test_evaluate(place, run):
     found = [command for command in commands("rlhf-jax") if command[1] == "evaluate"]
-    assert len(found) == 4
+    assert len(found) == 6
     (loop,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("for ")]
     subprocess.run(["bash", "-c", loop], check=True, timeout=20)
     assert len(set(Path("prompts.txt").read_text().splitlines())) == 4

@@ -15,7 +15,8 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.config import Data
 from rlhf_jax.data import buckets, order
-from rlhf_jax.data.formats import Purpose, Text
+from rlhf_jax.data.encode import prompt_text
+from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
 from rlhf_jax.data.sources import memory_source
 from rlhf_jax.data.table import Table, columns_of, describe, open_sources, scan
@@ -248,7 +249,7 @@ class PromptData:
 
     def texts(self, index: Any) -> list[str]:
         """The prompts as text: as given, or as the chat template renders them."""
-        return [self._text(self._row(i).prompt) for i in np.asarray(index)]
+        return [prompt_text(self._row(i).prompt, self.tables.tokenizer) for i in np.asarray(index)]
 
     def fingerprint(self) -> str:
         return self.tables.fingerprint()
@@ -256,11 +257,6 @@ class PromptData:
     def _row(self, index: Any) -> Any:
         table, example = self.tables.locate(int(index))
         return table.row(example)
-
-    def _text(self, prompt: Text) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return self.tables.tokenizer.render_chat(prompt, add_generation_prompt=True)
 
 
 def _eval_slice(tables: Tables, number: int) -> tuple[np.ndarray, np.ndarray]:

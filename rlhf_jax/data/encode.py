@@ -71,6 +71,11 @@ def _prompt(row: Row, tokenizer: Tokenizer, data: Data, where: str) -> Example:
     return Example((TokenSequence(ids, [False] * len(ids)),), tuple(notes))
 
 
+def prompt_text(prompt: Text, tokenizer: Tokenizer) -> str:
+    """A prompt as host rewards see it: as given, or as the chat template renders it."""
+    return prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt, add_generation_prompt=True)
+
+
 def sequence(prompt: Text, answer: Text, finished: bool, tokenizer: Tokenizer) -> TokenSequence:
     """A prompt with its answer, as training and reward models see them; a finished answer ends with end-of-sequence."""
     if isinstance(answer, list):
