@@ -18,6 +18,7 @@ from rlhf_jax import config, models, ops, parallel, programs
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.table import purpose_of
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import named_leaves
@@ -97,13 +98,70 @@ def _scale(settings: config.Lora | None) -> float:
     return 1.0 if settings is None else settings.alpha / settings.rank
 
 
-def read_spec(settings: config.Model, path: str | None, real_vocab: int | None) -> models.Spec:
-    """The architecture: of a directory, of a public model known by name, or of model.scratch."""
+def read_spec(settings: config.Model, path: str | None, real_vocab: int | None, *, length: int | None = None) -> models.Spec:
+    """The architecture: of a directory or of model.scratch; with `length`, ropes are those of sequences of so many tokens."""
     if path is not None:
-        return models.read_spec(path, real_vocab=real_vocab)
+        spec = models.read_spec(path, real_vocab=real_vocab)
+        return spec if length is None else models.at_fixed_length(spec, length)
     if settings.scratch is None:
         raise UserError("model: give model.path (a Hugging Face directory) or model.scratch (random weights)")
     return models.scratch_spec(settings.scratch, real_vocab or settings.scratch.vocabulary)
+
+
+def longest(run: config.Run) -> int:
+    """Tokens of the longest sequence that a run's models see."""
+    if not isinstance(run, config.OnlineRun):
+        return run.data.max_tokens
+    mixed = 0 if run.ptx_data is None else run.ptx_data.max_tokens
+    return max(run.data.max_prompt_tokens + run.sampling.max_new_tokens, mixed)
+
+
+def check_others(run: config.Run, tokenizer: Tokenizer) -> None:
+    """Refuse what cannot stand beside the trained model; only config.json and tokenizer files are read.
+
+    A reward model has a scalar head, a reference the architecture of the trained model, and all have the run's tokens: ids go
+    from one model to the other. Raises: UserError.
+    """
+    others = {"reference": getattr(run, "reference", None), "critic": getattr(run, "critic", None)}
+    others["reward.model"] = run.reward.model if isinstance(run, config.OnlineRun) else None
+    for key, path in others.items():
+        if path is None or lora.is_adapter(path):
+            continue
+        if key == "reward.model" and not models.has_scalar_head(path):
+            raise UserError(
+                f"reward.model={path}: is a language model, which gives no scores; name a reward model "
+                "(`rlhf-jax reward` trains one)"
+            )
+        if key == "reference":
+            found, ours = (read_spec(run.model, each, tokenizer.vocab_size) for each in (path, run.model.path))
+            _check_same_architecture(found, ours, path)
+        _check_same_tokens(key, models.find(path), tokenizer)
+
+
+def _check_same_architecture(found: models.Spec, wanted: models.Spec, path: str) -> None:
+    ours, theirs = (dataclasses.replace(spec, real_vocab=None, model_type="", max_length=0) for spec in (wanted, found))
+    names = [field.name for field in dataclasses.fields(ours) if field.compare]
+    wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    if wrong:
+        raise UserError(
+            f"reference={path}: its architecture is not the model's ({', '.join(wrong)} differ); the reference must be a copy of "
+            "the model before training, or a model of its kind"
+        )
+
+
+def _check_same_tokens(key: str, directory: Path, tokenizer: Tokenizer) -> None:
+    if not (directory / "tokenizer.json").is_file() or directory == tokenizer.source:
+        return
+    theirs = {number: text for text, number in load_tokenizer(directory).backend.get_vocab().items()}
+    ours = {number: text for text, number in tokenizer.backend.get_vocab().items() if number != tokenizer.pad_id}
+    wrong = sorted(number for number, text in ours.items() if theirs.get(number) != text)
+    if wrong:
+        number = wrong[0]
+        remedy = f"; or give reward.url, which sends texts: rlhf-jax serve {directory}" if key == "reward.model" else ""
+        raise UserError(
+            f"{key}={directory}: has another tokenizer than the model: {len(wrong)} of {len(ours)} tokens differ, the first is "
+            f"{number}, {ours[number]!r} for the model and {theirs.get(number)!r} here; name one with the same tokens{remedy}"
+        )
 
 
 def check_mesh(spec: models.Spec, mesh: Mesh) -> None:
@@ -141,6 +199,7 @@ def load(
     base: Params | None = None,
     zero_head: bool = False,
     adapter: str | None = None,
+    length: int | None = None,
 ) -> Loaded:
     """A model with weights, each tensor read straight onto its shards; drawn at random where `path` is None.
 
@@ -150,8 +209,9 @@ def load(
       trained: as in `abstract_part`.
       base: the frozen tree of another model of the same architecture, shared instead of loaded again (LoRA).
       adapter: directory in PEFT layout: what the adapter (and a scalar head in it) begins with.
+      length: as in `read_spec`: a run's `longest`.
     """
-    spec = read_spec(settings, path, real_vocab)
+    spec = read_spec(settings, path, real_vocab, length=length)
     check_mesh(spec, mesh)
     part = abstract_part(settings, spec, mesh, head=head, trained=trained)
     model, adapted = part.model, trained and settings.lora is not None
@@ -176,6 +236,11 @@ def load(
     if adapter is not None:
         fresh = _begin_with(settings, spec, adapter, head, fresh)
     return Loaded(spec, part, fresh, frozen, calibration, source, settings.lora)
+
+
+def begun_with(trained: Loaded) -> Loaded:
+    """The adapter that training begins with, a copy on the same base: the reference of a run that goes on with an adapter."""
+    return trained._replace(params=jax.tree.map(jnp.copy, trained.params))
 
 
 def load_on(settings: config.Model, mesh: Mesh, actor: Loaded, *, head: str, path: str) -> Loaded:

@@ -379,7 +379,9 @@ class RewardRun(Run):
 class OnlineRun(Run):
     """Keys of every stage that samples answers; `batch_size` counts answers, so prompts are batch_size / group_size."""
 
-    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    reference: str | None = key(
+        None, "directory of the reference model; default: model.path, with the adapter of model.lora.path"
+    )
     reward: Reward = group(Reward, "where scores come from")
     sampling: Sampling = group(Sampling, "how the actor answers")
     actor_optimizer: Optimizer = group(Optimizer, "optimiser of the actor")
@@ -421,7 +423,9 @@ class ReMaxRun(OnlineRun):
 
 @dataclass(frozen=True, kw_only=True)
 class DPORun(Run):
-    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    reference: str | None = key(
+        None, "directory of the reference model; default: model.path, with the adapter of model.lora.path"
+    )
     optimizer: Optimizer = group(Optimizer, "optimiser")
     micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
     dpo: DPO = group(DPO, "the algorithm")
@@ -429,7 +433,9 @@ class DPORun(Run):
 
 @dataclass(frozen=True, kw_only=True)
 class KTORun(Run):
-    reference: str | None = key(None, "directory of the reference model; default: model.path")
+    reference: str | None = key(
+        None, "directory of the reference model; default: model.path, with the adapter of model.lora.path"
+    )
     optimizer: Optimizer = group(Optimizer, "optimiser")
     micro_batches: int = key(1, "parts whose gradients are accumulated into one optimiser step")
     kto: KTO = group(KTO, "the algorithm")

@@ -114,7 +114,7 @@ def _need(row: Row, resident: dict[str, Any]) -> fit_advice.Need:
 
 
 def _shape(run: Any, mesh: Mesh) -> fit_advice.Shape:
-    spec = setups_abstract.abstract_spec(run.model, run.model.path)
+    spec = setups_abstract.abstract_spec(run, run.model.path)
     cache = 0
     if hasattr(run, "sampling"):
         rows = (run.sampling.rows or run.batch_size) / parallel.axis_size(mesh, "batch")

@@ -85,7 +85,7 @@ def make_scorer(
     `needs` names what is wanted beside the actor's log-probabilities: "critic" (values and bootstrap), "reference", "kl" (exact),
     "entropy"; other names are the loop's business.
     `old_logprobs` "rollout" trusts those collected while sampling and saves the actor's forward pass.
-    The reference has the actor's architecture: `frozen.reference`, or with LoRA the actor's base.
+    The reference has the actor's architecture: see `reference_params`.
     """
     check_temperature(temperature)
     if "critic" in needs and critic is None:
@@ -195,8 +195,8 @@ def reference_kl(
 
 
 def reference_params(frozen: Frozen) -> Params:
-    """The reference's parameters: its own, or the base under the actor's adapter."""
-    params = frozen.actor if frozen.reference is None else frozen.reference
+    """The reference's parameters: its own, the base under the actor's adapter, or an adapter of its own on that base."""
+    params = frozen.actor if frozen.reference is None else join(frozen.actor, frozen.reference)
     if params is None:
         raise UserError("a reference is needed and `frozen` holds neither a reference nor the base of an adapter")
     return params

@@ -182,6 +182,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
             raise UserError(f"{stage}.ptx_coef > 0 needs ptx_data, the fine-tuning data of the mixture")
         ptx = make_sft_data(settings.ptx_data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     make_reward(settings.reward, tokenizer)
+    build.check_others(settings, tokenizer)
     return OnlinePlan(stage, settings, algorithm, mesh, tokenizer, data, ptx)
 
 
@@ -189,18 +190,15 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
     """Load the models onto the mesh and describe the programs."""
     settings, mesh, algorithm = plan.settings, plan.mesh, plan.algorithm
     vocab = plan.tokenizer.vocab_size
-    load = functools.partial(build.load, settings.model, mesh, real_vocab=vocab)
+    load = functools.partial(build.load, settings.model, mesh, real_vocab=vocab, length=build.longest(settings))
     path = settings.model.path
     actor = load(head="lm", key=build.root_key(settings, "model"), path=path, adapter=adapter_of(settings))
-    reference = None
-    if "reference" in algorithm.needs and (settings.model.lora is None or settings.reference is not None):
-        from_path = settings.reference or path
-        reference = load(head="lm", key=build.root_key(settings, "model"), path=from_path, trained=False)
+    reference = _reference(settings, actor, load) if "reference" in algorithm.needs else None
     scorer = None
     if settings.reward.model is not None and lora.is_adapter(settings.reward.model):
         scorer = build.load_on(settings.model, mesh, actor, head="score", path=settings.reward.model)
     elif settings.reward.model is not None:
-        scorer = load(head="score", key=build.root_key(settings, "reward"), path=settings.reward.model, trained=False)
+        scorer = load(head="score", key=None, path=settings.reward.model, trained=False)
     critic = None
     if "critic" in algorithm.needs:
         given = getattr(settings, "critic", None) or settings.reward.model
@@ -208,7 +206,7 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         given = None if adapter else given
         shared = actor.base if given in (None, path) else None
         key = build.root_key(settings, "critic")
-        critic = load(head="value", key=key, path=given or path, base=shared, zero_head=given is None, adapter=adapter)
+        critic = load(head="value", key=key, path=given or path, base=shared, zero_head=True, adapter=adapter)
     parts = programs.Parts(
         actor=actor.part,
         critic=None if critic is None else critic.part,
@@ -248,6 +246,14 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         host_reward=host,
         gold=gold,
     )
+
+
+def _reference(settings: Any, trained: Loaded, load: Callable[..., Loaded]) -> Loaded | None:
+    """What the trained model is held against: where it began; None: the base under a new adapter, which needs no copy."""
+    if settings.reference is None and settings.model.lora is not None:
+        return None if settings.model.lora.path is None else build.begun_with(trained)
+    path = settings.reference or settings.model.path
+    return load(head="lm", key=build.root_key(settings, "model"), path=path, trained=False)
 
 
 def offload_notes(settings: config.Run, mesh: Mesh) -> list[str]:
@@ -372,6 +378,7 @@ def plan_offline(stage: str, settings: Any) -> OfflinePlan:
     makers: dict[str, Callable[..., Any]] = {"sft": make_sft_data, "labels": make_labelled_data}
     make = makers.get(purpose_of(stage, settings.data), make_preference_data)
     build.offline_algorithm(stage, settings)  # settings that contradict each other are told before anything is read
+    build.check_others(settings, tokenizer)
     data = make(settings.data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     return OfflinePlan(stage, settings, mesh, tokenizer, data)
 
@@ -380,12 +387,10 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
     """Load the model (and a reference where the algorithm has one) and describe the programs."""
     settings, mesh, stage = plan.settings, plan.mesh, plan.stage
     head = HEADS.get(stage, "lm")
-    load = functools.partial(build.load, settings.model, mesh, real_vocab=plan.tokenizer.vocab_size)
+    length = build.longest(settings)
+    load = functools.partial(build.load, settings.model, mesh, real_vocab=plan.tokenizer.vocab_size, length=length)
     trained = load(head=head, key=build.root_key(settings, "model"), path=settings.model.path, adapter=adapter_of(settings))
-    reference = None
-    if hasattr(settings, "reference") and (settings.model.lora is None or settings.reference is not None):
-        from_path = settings.reference or settings.model.path
-        reference = load(head=head, key=build.root_key(settings, "model"), path=from_path, trained=False)
+    reference = _reference(settings, trained, load) if hasattr(settings, "reference") else None
     frozen = Frozen(actor=trained.base, reference=None if reference is None else reference.params)
     tx = training.make_optimizer(settings.optimizer, settings.steps)
     update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)

@@ -1,5 +1,6 @@
 """What a run compiles and keeps in memory, as shapes: no weight and no data is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +29,11 @@ def online_optimizers(
     )
 
 
-def abstract_spec(settings: config.Model, path: str | None) -> models.Spec:
+def abstract_spec(run: config.Run, path: str | None) -> models.Spec:
     """An architecture by directory, by the name of a public model that is known here, or of model.scratch."""
     if path in models.KNOWN:
-        return models.spec_of(models.KNOWN[path])
-    return build.read_spec(settings, path, None)
+        return models.at_fixed_length(models.spec_of(models.KNOWN[path]), build.longest(run))
+    return build.read_spec(run.model, path, None, length=build.longest(run))
 
 
 def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, programs.Program], dict[str, Any]]:
@@ -42,18 +43,17 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     path, model = settings.model.path, settings.model
 
     def part(path: str | None, head: str, *, trained: bool) -> programs.Part:
-        spec = abstract_spec(model, path)
+        spec = abstract_spec(settings, path)
         build.check_mesh(spec, mesh)
         return build.abstract_part(model, spec, mesh, head=head, trained=trained)
 
     if stage in config.OFFLINE:
-        return _abstract_offline(stage, settings, mesh, part(path, HEADS.get(stage, "lm"), trained=True))
+        return _abstract_offline(stage, settings, mesh, part)
     algorithm = build.algorithm(stage, settings)
-    own_reference = "reference" in algorithm.needs and (model.lora is None or settings.reference is not None)
     scorer = settings.reward.model
     actor, critic = part(path, "lm", trained=True), None
     if lora.is_adapter(scorer):
-        reward = build.abstract_on(model, mesh, abstract_spec(model, path), actor, head="score", path=scorer)
+        reward = build.abstract_on(model, mesh, abstract_spec(settings, path), actor, head="score", path=scorer)
     else:
         reward = part(scorer, "score", trained=False) if scorer is not None else None
     if "critic" in algorithm.needs:
@@ -65,7 +65,7 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     parts = programs.Parts(
         actor=actor,
         critic=critic,
-        reference=part(settings.reference or path, "lm", trained=False) if own_reference else None,
+        reference=_reference(settings, actor, part) if "reference" in algorithm.needs else None,
         reward=reward,
     )
     optimizers = online_optimizers(stage, settings)
@@ -94,30 +94,31 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}
 
 
+def _reference(settings: Any, trained: programs.Part, part: Callable[..., programs.Part]) -> programs.Part | None:
+    """As `set_up_online` and `set_up_offline` hold it."""
+    if settings.reference is None and settings.model.lora is not None:
+        return None if settings.model.lora.path is None else trained
+    return part(settings.reference or settings.model.path, "lm", trained=False)
+
+
 def _abstract_offline(
-    stage: str, settings: Any, mesh: Mesh, part: programs.Part
+    stage: str, settings: Any, mesh: Mesh, part: Callable[..., programs.Part]
 ) -> tuple[dict[str, programs.Program], dict[str, Any]]:
     tx = training.make_optimizer(settings.optimizer, settings.steps)
     aside = settings.model.offload if parallel.can_park(mesh) else ()
-    state = programs.park_state(programs.abstract_offline_state(mesh, tx, part.trained), aside)
-    reference = None
-    if hasattr(settings, "reference") and settings.model.lora is None:
-        reference = build.abstract_part(
-            settings.model,
-            abstract_spec(settings.model, settings.reference or settings.model.path),
-            mesh,
-            head="lm",
-            trained=False,
-        ).trained
-    frozen = programs.park_frozen(Frozen(actor=part.frozen, reference=reference), aside)
+    trained = part(settings.model.path, HEADS.get(stage, "lm"), trained=True)
+    reference = _reference(settings, trained, part) if hasattr(settings, "reference") else None
+    state = programs.park_state(programs.abstract_offline_state(mesh, tx, trained.trained), aside)
+    frozen = Frozen(actor=trained.frozen, reference=None if reference is None else reference.trained)
+    frozen = programs.park_frozen(frozen, aside)
     rows = programs.abstract_sequences(mesh, settings.batch_size, settings.data.max_tokens, packed=settings.data.packing)
     batch = rows if stage == "sft" else Preferences(chosen=rows, rejected=rows)
-    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), part.model, tx)
+    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)
     steps = {
         "update": programs.Program(
             update, (state, batch, frozen), (programs.shardings(state), parallel.replicated(mesh)), donate=(0,)
         ),
         "evaluate": programs.Program(evaluate, (state.trained.params, frozen, batch), parallel.replicated(mesh)),
     }
-    resident = {"model": state, "reference": frozen.reference, "base": part.frozen}
+    resident = {"model": state, "reference": frozen.reference, "base": trained.frozen}
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}

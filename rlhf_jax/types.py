@@ -171,7 +171,7 @@ class Frozen(Pytree):
 
     actor: Params | None = None  # None: the actor is trained whole
     critic: Params | None = None
-    reference: Params | None = None  # None with LoRA: the actor's base is the reference
+    reference: Params | None = None  # whole, or an adapter on the actor's base; None with LoRA: that base is the reference
     reward: Params | None = None
 
 

@@ -13,7 +13,7 @@ import optax
 
 from rlhf_jax import config, ops, packed
 from rlhf_jax.errors import UserError
-from rlhf_jax.types import Experience, Frozen, Metrics, Params, Preferences, RunState, Sequences, TrainState
+from rlhf_jax.types import Experience, Frozen, Metrics, Params, Preferences, RunState, Sequences, TrainState, join
 
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 T = TypeVar("T")
@@ -134,12 +134,12 @@ def answer_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each answer under the policy, and under the reference, f32[B], nats, summed over target tokens.
 
-    `apply(params, frozen, Sequences) -> f32[B, T]`, entry t the log-probability of token t. The reference is `frozen.reference`,
-    or the base under the adapter, `frozen.actor`; it has no gradient.
+    `apply(params, frozen, Sequences) -> f32[B, T]`, entry t the log-probability of token t. The reference is `frozen.reference`
+    (on `frozen.actor`, where it is an adapter), or the base under the adapter, `frozen.actor`; it has no gradient.
     """
-    reference = require(frozen.actor if frozen.reference is None else frozen.reference, "Frozen.reference")
+    reference = frozen.actor if frozen.reference is None else join(frozen.actor, frozen.reference)
     policy = ops.masked_sum(apply(params, frozen, sequences), sequences.target_mask, 1)
-    fixed = ops.masked_sum(apply(reference, Frozen(), sequences), sequences.target_mask, 1)
+    fixed = ops.masked_sum(apply(require(reference, "Frozen.reference"), Frozen(), sequences), sequences.target_mask, 1)
     return policy, jax.lax.stop_gradient(fixed)
 
 

@@ -76,8 +76,8 @@ def save_checkpoint(
     _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
     if writer:
         _write_json(temporary / "config.json", config)
-        if head == "lm":
-            _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
+        # Of every head: the tokens that end an answer are read from it, and a reward model reads the last one.
+        _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
         if tokenizer is not None:
             tokenizer.save(temporary)
         elif source is not None:
