@@ -145,7 +145,8 @@ def _open(
             _set_aside(path, say)
         earlier = _read_record(path)
         if earlier is not None:
-            _require_same(path, earlier, config, fingerprints, override)
+            if _has_results(path, earlier):
+                _require_same(path, earlier, config, fingerprints, override)
             _tell_devices(earlier, config, devices, say)
         start = {
             "time": _now(),
@@ -227,11 +228,19 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def _has_results(path: Path, record: dict[str, Any]) -> bool:
+    """False where no start came so far as to write a row or a checkpoint: then there is nothing that a change could spoil."""
+    saved = path / "checkpoints"
+    rows = any((path / name).is_file() and (path / name).stat().st_size for name in _LINES)
+    return record["completed_step"] is not None or rows or (saved.is_dir() and any(saved.iterdir()))
+
+
 def _require_same(
     path: Path, earlier: dict[str, Any], config: dict[str, Any], fingerprints: dict[str, str], override: set[str]
 ) -> None:
+    known = {name: text for name, text in fingerprints.items() if name in earlier["fingerprints"]}  # older versions took fewer
     there = _flat(earlier["config"]) | {f"contents of {name}": text for name, text in earlier["fingerprints"].items()}
-    here = _flat(config) | {f"contents of {name}": text for name, text in fingerprints.items()}
+    here = _flat(config) | {f"contents of {name}": text for name, text in known.items()}
     accepted = override | {f"contents of {name}" for name in override}
     lines, keys = [], []
     for key in sorted(there.keys() | here.keys()):
@@ -243,8 +252,9 @@ def _require_same(
         more = [f"  … {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         started = earlier["starts"][0]["time"] if earlier["starts"] else "?"
         remedy = [
-            f"Choose a new directory (out={path}-2), give the old values back, or accept the change (the run is then no longer",
-            f"the one that it would have been) with --resume-override {','.join(keys[:_SHOWN])}",
+            f"Choose a new directory (out={path}-2), give the old values back, start anew with --from-scratch (the earlier run is",
+            "moved aside), or accept the change (the run is then no longer the one that it would have been) with "
+            f"--resume-override {','.join(keys[:_SHOWN])}",
         ]
         raise UserError("\n".join([f"out={path} holds another run, started {started}:", *lines[:_SHOWN], *more, *remedy]))
 

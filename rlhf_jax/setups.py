@@ -71,6 +71,8 @@ class OnlinePlan:
         paths = {"model": settings.model.path, "reference": settings.reference or settings.model.path}
         paths |= {"reward": settings.reward.model, "critic": getattr(settings, "critic", None), "adapter": adapter_of(settings)}
         found = {name: fingerprint(path) for name, path in paths.items()}
+        files = dict.fromkeys(each.function.rpartition(":")[0] for each in settings.reward.functions)
+        found["reward.functions"] = ", ".join(fingerprint(path) for path in files if path) or "none"
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
 
     def sizes(self) -> dict[str, Any]:
@@ -330,6 +332,8 @@ class OfflinePlan:
         paths = {"model": self.settings.model.path, "reference": getattr(self.settings, "reference", None)}
         paths |= {"adapter": adapter_of(self.settings)}
         found = {name: fingerprint(path) for name, path in paths.items()}
+        files = dict.fromkeys(each.function.rpartition(":")[0] for each in settings.reward.functions)
+        found["reward.functions"] = ", ".join(fingerprint(path) for path in files if path) or "none"
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
 
     def sizes(self) -> dict[str, Any]:

@@ -61,13 +61,30 @@ def test_the_same_command_again_continues(tmp_path):
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
 
 
+def begun(path):
+    """A run that has written a row."""
+    open_run(path, text(), PRINTS).close()
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_a_start_that_came_to_nothing_binds_nobody(tmp_path):
+    """A mistake that is found while models are loaded is mended and the same `out` used."""
+    open_run(tmp_path, text(seed=3), PRINTS | {"reference": "name:typo"}).close()
+    (tmp_path / "checkpoints").mkdir()
+    with open_run(tmp_path, text(), PRINTS):
+        assert json.loads((tmp_path / "run.json").read_text())["config"]["seed"] == 0
+    (tmp_path / "checkpoints" / "4").mkdir()
+    assert "seed: 0 there, 3 here" in refusal(lambda: open_run(tmp_path, text(seed=3), PRINTS))
+
+
 def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
-    open_run(tmp_path, text(), PRINTS).close()
+    begun(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     message = refusal(lambda: open_run(tmp_path, text(ppo={"kl_coef": 0.1}, seed=3), PRINTS))
     assert "ppo.kl_coef: 0.05 there, 0.1 here" in message
     assert "seed: 0 there, 3 here" in message
     assert "--resume-override ppo.kl_coef,seed" in message
+    assert "--from-scratch" in message
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     many = {f"key{n}": n for n in range(40)}
     assert "… 32 more" in refusal(lambda: open_run(tmp_path, text(**many), PRINTS))
@@ -75,14 +92,14 @@ def test_another_run_is_refused_with_the_keys_that_differ(tmp_path):
 
 @pytest.mark.parametrize("name", PRINTS)
 def test_an_input_that_was_edited_is_refused_with_both_hashes(tmp_path, name):
-    open_run(tmp_path, text(), PRINTS).close()
+    begun(tmp_path)
     message = refusal(lambda: open_run(tmp_path, text(), PRINTS | {name: "file:dddd"}))
     assert f"contents of {name}: {PRINTS[name]} there, file:dddd here" in message
     assert f"--resume-override {name}" in message
 
 
 def test_differences_that_are_accepted_are_remembered(tmp_path):
-    open_run(tmp_path, text(), PRINTS).close()
+    begun(tmp_path)
     changed, prints = text(ppo={"kl_coef": 0.1, "adaptive_kl": None}), PRINTS | {"data": "file:dddd"}
     open_run(tmp_path, changed, prints, override=["ppo.kl_coef", "data"]).close()
     with open_run(tmp_path, changed, prints) as run:

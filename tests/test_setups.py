@@ -136,3 +136,14 @@ def test_a_run_fixes_ropes_that_depend_on_the_length(tmp_path):
     shared["reward"] = config.Reward(functions=(config.RewardFunction(function="length", options={"maximum": 3}),))
     rows = read_rows(online.run("grpo", config.GRPORun(**shared, grpo=config.GRPO(group_size=2))) / METRICS)
     assert [row["rollout/logprob_gap_max_nats"] for row in rows if "reward/score" in row] == [pytest.approx(0.0, abs=1e-4)]
+
+
+def test_a_reward_function_is_part_of_what_a_run_is(tmp_path):
+    """A continued run whose reward file was edited is refused: `rundir` compares these hashes."""
+    file = tmp_path / "mine.py"
+    prints = []
+    for sign in ("", "-"):
+        file.write_text(f"def score(responses, **_):\n    return [{sign}len(text) for text in responses]\n")
+        functions = (config.RewardFunction(function=f"{file}:score"), config.RewardFunction(function="length"))
+        prints.append(setups.plan_online("ppo", ppo_run(tmp_path, reward=config.Reward(functions=functions))).fingerprints)
+    assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"reward.functions"}
