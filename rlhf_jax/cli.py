@@ -15,7 +15,7 @@ from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 EXAMPLES = """\b
 Start here:
   rlhf-jax quickstart                             three stages, then a report
-  rlhf-jax ppo configs/ppo.yaml ppo.kl_coef=0.1   a run of your own
+  rlhf-jax ppo configs/ppo_addition.yaml steps=9  a run of your own
   rlhf-jax config ppo kl                          the keys that concern KL
 """
 
@@ -217,7 +217,9 @@ def report(
 ) -> None:
     """Write report.html of a run again, or compare several."""
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    typer.echo(f"{_start('report').write_report(runs, out or default)}")
+    writer = _start("report")
+    writer.check_run_dirs(runs)
+    typer.echo(f"{writer.write_report(runs, out or default)}")
 
 
 @app.command()

@@ -125,7 +125,7 @@ class Data:
         default_factory=dict, metadata={"effect": "renames, ours: theirs, such as {chosen: preferred}", "unit": ""}
     )
     chat: bool = key(False, "questions and answers given as strings become messages, which the chat template writes")
-    max_prompt_tokens: int = key(256, "length P of prompts", "tokens")
+    max_prompt_tokens: int = key(256, "length P of prompts that are answered; fine-tuning has max_tokens alone", "tokens")
     max_tokens: int = key(512, "length of a whole training sequence, and of a packed row", "tokens")
     long_prompts: Literal["error", "drop", "truncate_left"] = key("drop", "what happens to a prompt longer than allowed")
     on_bad_rows: Literal["error", "skip"] = key("error", "what happens to a row that cannot be read")

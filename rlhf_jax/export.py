@@ -34,15 +34,13 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     stage = config_file.stage_of(run_dir / RESOLVED)
     settings: Any = config_file.load(run_dir / RESOLVED, (), config.STAGES[stage])
     arrays = nest(checkpoint.read(saved))
-    trees = {
-        "model": lambda: (arrays["actor"] if "actor" in arrays else arrays["trained"])["params"],
-        "critic": lambda: arrays["critic"]["params"],
-        "ema": lambda: arrays["ema"],
-    }
-    try:
-        params = trees[part]()
-    except KeyError as error:
-        raise UserError(f"{saved} holds no {part}; it has: {', '.join(sorted(arrays))}") from error
+    states = {"model": arrays.get("actor") or arrays.get("trained"), "critic": arrays.get("critic")}
+    trees = {name: state["params"] for name, state in states.items() if state}
+    if arrays.get("ema"):
+        trees["ema"] = arrays["ema"]
+    if part not in trees:
+        raise UserError(f"{saved} holds no {part}; it has: {', '.join(trees)}")
+    params = trees[part]
     head = "value" if part == "critic" else setups.HEADS.get(stage, "lm")
     tokenizer = build.tokenizer_for(stage, settings)
     mesh = parallel.make_mesh(config.Mesh(), jax.local_devices()[:1])

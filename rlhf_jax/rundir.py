@@ -252,8 +252,8 @@ def _require_same(
         more = [f"  … {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         started = earlier["starts"][0]["time"] if earlier["starts"] else "?"
         remedy = [
-            f"Choose a new directory (out={path}-2), give the old values back, start anew with --from-scratch (the earlier run is",
-            "moved aside), or accept the change (the run is then no longer the one that it would have been) with "
+            f"Choose a new directory (out={path}-2), give the old values back, start anew with --from-scratch (moves the earlier",
+            "run aside), or accept the change (the run is then no longer the one that it would have been) with",
             f"--resume-override {','.join(keys[:_SHOWN])}",
         ]
         raise UserError("\n".join([f"out={path} holds another run, started {started}:", *lines[:_SHOWN], *more, *remedy]))

@@ -332,8 +332,6 @@ class OfflinePlan:
         paths = {"model": self.settings.model.path, "reference": getattr(self.settings, "reference", None)}
         paths |= {"adapter": adapter_of(self.settings)}
         found = {name: fingerprint(path) for name, path in paths.items()}
-        files = dict.fromkeys(each.function.rpartition(":")[0] for each in settings.reward.functions)
-        found["reward.functions"] = ", ".join(fingerprint(path) for path in files if path) or "none"
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
 
     def sizes(self) -> dict[str, Any]:

@@ -69,6 +69,7 @@ for argv in (["--help"], ["ppo", "--help"], ["ppo", sys.argv[1]], ["config", "pp
     assert [row[1] for row in (shown, shown_ppo, bad, keys)] == [[]] * 4
     assert shown[2] < 0.5, "CPU-seconds of --help"
     assert all(f"  {stage} " in shown[3] for stage in config.STAGES)
+    assert all((ROOT / file).is_file() for file in re.findall(r"configs/\S+", shown[3]))
     assert bad[4] == f"rlhf-jax: {tmp_path / 'bad.yaml'}:1: unknown key 'stepz'; did you mean 'steps'?\n"
     assert "ppo.kl_coef = 0.05  (a number, reward units per nat)\n    weight of the KL penalty" in keys[3]
 
@@ -141,6 +142,16 @@ def test_mistake_while_running_is_one_message_and_status_2(run, monkeypatch, tmp
     assert run("sft", path) == (2, "", "rlhf-jax: data.jsonl:7: no column prompt\n")
 
 
+def test_a_report_is_of_runs(run, tmp_path):
+    """Also where one of several is mistyped: then nothing is written."""
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    status, _, error = run("report", tmp_path / "run", tmp_path / "no-run", "--out", tmp_path / "both.html")
+    assert (status, error.startswith(f"rlhf-jax: {tmp_path / 'no-run'}: no metrics.jsonl in it")) == (2, True)
+    assert not (tmp_path / "both.html").exists()
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
@@ -200,7 +211,7 @@ def test_models_data_and_report(run, monkeypatch, tmp_path):
     )
     assert "40 rows" in run("data", tmp_path / "run.yaml")[1]
     calls = []
-    fake(monkeypatch, "report", write_report=lambda runs, out: calls.append((runs, out)) or out)
+    fake(monkeypatch, "report", check_run_dirs=list, write_report=lambda runs, out: calls.append((runs, out)) or out)
     assert run("report", "a")[1] == "a/report.html\n"
     assert run("report", "a", "b")[1] == "report.html\n"
     assert run("report", "a", "b", "--out", "c.html")[1] == "c.html\n"

@@ -200,7 +200,7 @@ def test_a_run_is_exported_again_as_it_exported_itself(
     assert (found["mean"], found["std"]) == (0.0, 1.0)
     assert not same_model(early, base / "reward" / "final")
     for arguments, words in (
-        ({"source": policy[0], "part": "ema"}, "holds no ema; it has: actor"),
+        ({"source": policy[0], "part": "ema"}, "holds no ema; it has: model, critic$"),
         ({"source": policy[0], "out": tmp_path / "sft"}, "exists already"),
         ({"source": tmp_path}, "neither a run with checkpoints nor a checkpoint"),
     ):

@@ -196,7 +196,7 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
 
 def describe(counts: Counter) -> str:
     """Counts in the order of the filters, as one line."""
-    return ", ".join(f"{value} {key}" if key in ("rows", "kept") else f"{key} {value}" for key, value in counts.items())
+    return ", ".join(f"{value} {key}" for key, value in counts.items())
 
 
 def _loosen(counts: Counter) -> str:

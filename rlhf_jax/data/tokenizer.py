@@ -6,11 +6,12 @@ would do, because importing transformers costs seconds; elsewhere AutoTokenizer 
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.vocabulary import GENERIC_CLASSES, NAMES, Tokenizer, clean, make_tokenizer
+from rlhf_jax.data.vocabulary import FILES, GENERIC_CLASSES, NAMES, Tokenizer, clean, make_tokenizer
 from rlhf_jax.errors import UserError
 
 # Architectures for which AutoTokenizer 5.x keeps tokenizer.json as it is when the class is the generic one (read in its source;
@@ -20,6 +21,8 @@ _PLAIN_TYPES = frozenset({
     "mixtral", "olmo2", "olmo3", "opt", "phi", "qwen3", "qwen3_moe", "smollm3",
 })  # fmt: skip
 
+_ANY_OF = frozenset({*FILES, "tekken.json", "vocab.txt"})  # and *.model: what transformers can make a tokenizer of
+
 
 def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
     """Read a tokenizer from a directory in Hugging Face layout (or by hub name, where there is a network).
@@ -27,6 +30,7 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
     `chat_template` is a jinja template (its text) that replaces the tokenizer's own. Errors: `UserError`.
     """
     directory = Path(path)
+    _refuse_no_tokenizer(directory)
     settings = _json(directory / "tokenizer_config.json")
     if directory.is_dir() and _is_plain(directory, settings):
         from tokenizers import Tokenizer as Backend
@@ -43,6 +47,24 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
         more_eos=_generation_eos(directory),
         source=directory if directory.is_dir() else None,
     )
+
+
+def _refuse_no_tokenizer(directory: Path) -> None:
+    """What is plainly no tokenizer is told in our words, before transformers is imported and asks the hub for a minute."""
+    if not directory.is_dir():
+        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.is_dir()
+        if not hub_name:
+            raise UserError(
+                f"{directory}: no such directory; give a directory in Hugging Face layout or a hub name like org/model"
+            )
+    elif (directory / "run.json").is_file():
+        raise UserError(f"{directory}: is the directory of a run, not of a model; its model is {directory / 'final'}")
+    elif not any(file.name in _ANY_OF or file.suffix == ".model" for file in directory.iterdir()):
+        found = sorted(file.name for file in directory.iterdir()) or "an empty directory"
+        raise UserError(
+            f"{directory}: has no tokenizer.json (found: {found}); give a directory that has one, for a run with "
+            "model.tokenizer=<directory with tokenizer.json and tokenizer_config.json>"
+        )
 
 
 def _is_plain(directory: Path, settings: dict[str, Any]) -> bool:

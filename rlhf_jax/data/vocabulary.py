@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_FILES = (
+FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
@@ -116,7 +116,7 @@ class Tokenizer:
         out = Path(directory)
         out.mkdir(parents=True, exist_ok=True)
         if self.source is not None and (self.source / "tokenizer.json").exists():
-            for name in _FILES:
+            for name in FILES:
                 if (self.source / name).exists() and (self.source / name).resolve() != (out / name).resolve():
                     shutil.copyfile(self.source / name, out / name)
         else:

@@ -58,7 +58,7 @@ def save_checkpoint(
         storage_dtype: "float32", "float16" or "bfloat16"; default: that of the source, else float32.
         generation_config: keys that replace those of the source.
     Raises:
-        UserError: the directory holds something that is not a model.
+        UserError: the directory holds something that is not a model, or cannot be made.
     """
     path = Path(path)
     _refuse_foreign(path)
@@ -72,7 +72,10 @@ def save_checkpoint(
     temporary = path.with_name(f".{path.name}.partial")
     if writer:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written there ({error.strerror}: {error.filename}); name another place") from None
     _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
     if writer:
         _write_json(temporary / "config.json", config)

@@ -159,6 +159,12 @@ def test_no_pad_no_eos_and_unknown_tokens(tmp_path: Path):
 def test_missing_and_broken_directories(tmp_path: Path):
     with pytest.raises(UserError, match=r"model.tokenizer=<directory"):
         load_tokenizer(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"is the directory of a run, not of a model; its model is {tmp_path / 'final'}"):
+        load_tokenizer(tmp_path)
+    for name in ("nodir", tmp_path / "no" / "dir"):
+        with pytest.raises(UserError, match=f"{name}: no such directory"):  # and no hub is asked for a minute
+            load_tokenizer(name)
     directory = _copy("llama3", tmp_path / "a")
     (directory / "tokenizer_config.json").write_text('{\n"a": }')
     with pytest.raises(UserError, match=r"tokenizer_config\.json:2:6: not JSON"):

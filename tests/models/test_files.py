@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
+from rlhf_jax import testing
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import load_checkpoint, make_model, read_spec, roles, save_checkpoint
+from rlhf_jax.models import load_checkpoint, make_model, read_spec, roles, save_checkpoint, scratch_spec
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.types import Calibration
 
@@ -290,3 +291,10 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         save_checkpoint(tmp_path / "notes", found.spec, found.params)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    spec = scratch_spec(testing.tiny_scratch(), 16)
+    with pytest.raises(UserError, match="cannot be written there"):
+        save_checkpoint(tmp_path / "file" / "model", spec, make_model(spec).init(jax.random.key(0)))
