@@ -9,6 +9,7 @@
 scorers and updates (`programs.py`), with shardings, checkpoints and a report around them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +26,11 @@ from rlhf_jax.types import Frozen, Metrics, Model, Moments, Params, Rollout, Run
 class Online(NamedTuple):
     """The functions of one iteration."""
 
-    init: Callable[..., RunState]  # (actor's params, *, critic=None, kl_coef=0.0) -> state
+    init: Callable[..., RunState]  # (actor's params, *, critic=None, kl_coef=None: the settings' own) -> state
     sample: Callable[..., Rollout]  # (state, frozen, prompts, key) -> rollout, `group_size` answers to each prompt in a row
     greedy: Callable[..., Rollout]  # the same with the likeliest tokens, one answer to each prompt
-    learn: Callable[..., tuple[RunState, Metrics]]  # (state, frozen, rollout, scores f32[B], key, *, greedy_scores=None)
+    # (state, frozen, rollout, scores f32[B], key, *, greedy_scores=None, greedy=None)
+    learn: Callable[..., tuple[RunState, Metrics]]
 
 
 def online(
@@ -51,7 +53,8 @@ def online(
       critic: architecture of the critic; default: the actor's.
       entropy: True where the algorithm's settings have an `entropy_coef`.
     `frozen.reference` is the reference where the algorithm needs one, `frozen.actor` the base of an adapter. ReMax wants
-    `greedy_scores`, f32[B]: the scores of what `greedy` answers.
+    `greedy_scores`, f32[B]: the scores of what `greedy` answers; with penalties for truncated or overlong answers `learn` takes
+    that rollout too, as `greedy`.
     """
     wants_critic = "critic" in algorithm.needs
     critic = (critic or model) if wants_critic else None
@@ -59,13 +62,13 @@ def online(
     kl_model = model if "kl" in algorithm.needs else None
     options: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": pad_id}
     draw = sampling.make_sampler(model, settings, samples=algorithm.group_size, **options)
-    likeliest = sampling.make_sampler(model, config.Sampling(max_new_tokens=settings.max_new_tokens, temperature=0.0), **options)
+    likeliest = sampling.make_sampler(model, dataclasses.replace(settings, temperature=0.0), **options)
     score = scoring.make_scorer(model, critic, temperature=temperature, needs=algorithm.needs)
     policy = scoring.make_policy_apply(model, temperature=temperature, entropy=entropy, kl_model=kl_model)
     value = None if critic is None else scoring.make_value_apply(critic)
     update = algorithm.make_update(policy, value, actor_tx, critic_tx)
 
-    def init(actor: Params, *, critic: Params | None = None, kl_coef: float | jax.Array = 0.0) -> RunState:
+    def init(actor: Params, *, critic: Params | None = None, kl_coef: float | jax.Array | None = None) -> RunState:
         zero = jnp.float32(0.0)
         return RunState(
             step=jnp.int32(0),
@@ -73,7 +76,7 @@ def online(
             actor=init_train_state(actor_tx, actor),
             critic=None if critic is None or critic_tx is None else init_train_state(critic_tx, critic),
             ema=None,
-            kl_coef=jnp.asarray(kl_coef, jnp.float32),
+            kl_coef=jnp.asarray(algorithm.kl_coef if kl_coef is None else kl_coef, jnp.float32),
             scores=Moments(count=zero, mean=zero, m2=zero),
             best=zero,
             bad_steps=jnp.int32(0),
@@ -91,9 +94,12 @@ def online(
         key: jax.Array,
         *,
         greedy_scores: jax.Array | None = None,
+        greedy: Rollout | None = None,
     ) -> tuple[RunState, Metrics]:
         values = require(state.critic, "a critic (`init(actor, critic=...)`, critic_tx)").params if wants_critic else None
         scored = score(state.actor.params, values, frozen, rollout).replace(greedy_score=greedy_scores)
+        if greedy is not None:
+            scored = scored.replace(greedy_finished=greedy.finished, greedy_mask=greedy.action_mask)
         experience, shaping = algorithm.make_experience(rollout, scores, scored, state.kl_coef)
         state, metrics = update(state, experience, key, frozen)
         return state.replace(step=state.step + 1, cursor=state.cursor + scores.shape[0]), shaping | metrics

@@ -110,7 +110,8 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
         with recorder.phase("reward", step + 1) as until, stop_saved(setup, session, state, pending):
             scores = reward(setup, rollout)  # on the host while the device scores
             if greedy is not None:
-                scored = scored.replace(greedy_score=reward(setup, greedy).total)
+                total = reward(setup, greedy).total
+                scored = scored.replace(greedy_score=total, greedy_finished=greedy.finished, greedy_mask=greedy.action_mask)
             until(scores.total)
         with recorder.phase("update", step + 1) as until:
             jax.block_until_ready((rollout, greedy))  # or the decoding copy's memory is not free for the update

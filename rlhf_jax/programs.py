@@ -230,7 +230,7 @@ def online_programs(
     scored: Scored = abstract_like(jax.eval_shape(score, actor.trained, critic, abstract_frozen(parts), rollout), rows)
     scores = abstract((run.batch_size,), jnp.float32, rows)
     if "greedy" in algorithm.needs:
-        scored = scored.replace(greedy_score=scores)
+        scored = scored.replace(greedy_score=scores, greedy_finished=rollout.finished, greedy_mask=rollout.action_mask)
     ptx = None if ptx_length is None else abstract_sequences(mesh, run.batch_size, ptx_length)
     found = {
         "sync": Program(sync, (actor.trained, actor.frozen), shardings(decoding)),

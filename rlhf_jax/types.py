@@ -80,7 +80,9 @@ class Scored(Pytree):
     bootstrap: jax.Array | None = None  # f32[B], value of the state after the last token (used for truncated rows only)
     kl: jax.Array | None = None  # f32[B, R], nats, exact full-vocabulary KL(actor || reference), where asked for
     entropy: jax.Array | None = None  # f32[B, R], nats
-    greedy_score: jax.Array | None = None  # f32[B], reward of the greedy answer to the same prompt (ReMax)
+    greedy_score: jax.Array | None = None  # f32[B], reward of the greedy answer to the same prompt (ReMax), as it was given
+    greedy_finished: jax.Array | None = None  # bool[B], that answer ended by itself
+    greedy_mask: jax.Array | None = None  # bool[B, R], its action_mask
 
 
 class Experience(Pytree):

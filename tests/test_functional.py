@@ -51,6 +51,21 @@ def test_a_greedy_baseline_needs_its_scores():
         shapes_of_a_step(run, critic=False)
 
 
+def test_a_run_begins_with_the_settings_kl_coefficient():
+    params = MODEL.init(KEY)
+    for algorithm in (ppo.build(config.PPO(kl_coef=0.5)), rloo.build(config.RLOO(kl_coef=0.5))):
+        assert made(algorithm).init(params, critic=params).kl_coef == 0.5
+        assert made(algorithm).init(params, critic=params, kl_coef=0.0).kl_coef == 0.0
+
+
+def test_greedy_answers_keep_the_settings_of_sampling_but_the_temperature():
+    tx, settings = optax.adam(0.1), config.Sampling(max_new_tokens=R, min_new_tokens=R)
+    stops = {"stop_ids": tuple(range(V - 1)), "pad_id": PAD}  # every answer would end at once
+    run = functional.online(remax.build(config.ReMax()), MODEL, settings, actor_tx=tx, **stops)
+    rollout = jax.jit(run.greedy)(run.init(MODEL.init(KEY)), Frozen(), PROMPTS, KEY)
+    np.testing.assert_array_equal(rollout.action_mask.sum(1), R)
+
+
 def test_a_critic_is_there_where_it_is_needed():
     state, metrics = shapes_of_a_step(made(ppo.build(config.PPO())))
     assert state.critic is not None

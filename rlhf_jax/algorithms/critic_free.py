@@ -47,12 +47,15 @@ def group_deviations(scores: jax.Array, group_size: int) -> jax.Array:
     return (shifted - shifted.mean(1, keepdims=True)).reshape(-1)
 
 
-def group_advantages(scores: jax.Array, group_size: int, *, scale: Scale = "std", eps: float = STD_EPS) -> jax.Array:
+def group_advantages(
+    scores: jax.Array, group_size: int, *, scale: Scale = "std", eps: float = STD_EPS, usable: jax.Array | None = None
+) -> jax.Array:
     """(s_i - group mean) / (deviation + eps), f32[B]; the deviation is that of the group, of the batch, or nothing ("none").
 
     Deviations are two-pass and unbiased (n - 1). Groups of equal scores and groups of one are exactly 0.
 
-    Args: scores f[B], reward units. Source: Shao et al. 2024 (arXiv:2402.03300), section 4.1.2.
+    Args: scores f[B], reward units; usable bool[B], answers that the deviation of the batch counts, default all.
+    Source: Shao et al. 2024 (arXiv:2402.03300), section 4.1.2.
     """
     centred = group_deviations(scores, group_size)
     if scale == "none":
@@ -60,8 +63,9 @@ def group_advantages(scores: jax.Array, group_size: int, *, scale: Scale = "std"
     if scale == "std":
         return (in_groups(centred, group_size) / (_std(in_groups(centred, group_size)) + eps)).reshape(-1)
     if scale == "batch_std":
-        whole = group_deviations(scores, scores.shape[0])
-        return centred / (_std(whole[None])[0] + eps)
+        usable = jnp.ones(scores.shape, bool) if usable is None else usable
+        shifted = scores.astype(jnp.float32) - scores[jnp.argmax(usable)]
+        return centred / (jnp.sqrt(ops.masked_var(shifted, usable)) + eps)
     raise ValueError(f"advantage_scale {scale!r}: one of std, batch_std, none")
 
 
@@ -93,7 +97,12 @@ class Answers(NamedTuple):
     scores: jax.Array  # f32[B], reward units, clipped and with penalties for truncated and overlong answers
     penalties: jax.Array  # f32[B, R], reward units: kl_coef KL of each token where the KL is in the reward, else 0
     mask: jax.Array  # bool[B, R], actions; all False in groups that have a score that is not finite
-    greedy_scores: jax.Array | None = None  # f32[B], reward units, of the greedy answer to the same prompt
+    greedy_scores: jax.Array | None = None  # f32[B], reward units, of the greedy answer to the same prompt, treated as `scores`
+
+    @property
+    def usable(self) -> jax.Array:
+        """bool[B]: answers that have an action, and whose group has no score that is not finite."""
+        return self.mask.any(1)
 
 
 def token_rewards(answers: Answers) -> jax.Array:
@@ -150,6 +159,7 @@ def build(
         make_update=make_update,
         needs=frozenset(models | set(needs)),
         group_size=group_size,
+        kl_coef=settings.kl_coef,
     )
 
 
@@ -158,7 +168,7 @@ def build_relative(settings: config.GRPO, **options: Any) -> Algorithm:
     size, scale = settings.group_size, settings.advantage_scale
     return build(
         settings,
-        lambda answers: group_advantages(answers.scores, size, scale=scale),
+        lambda answers: group_advantages(answers.scores, size, scale=scale, usable=answers.usable),
         group_size=size,
         kl_in="loss",
         keep=(lambda answers: informative(answers.scores, size)) if settings.drop_uninformative else None,
@@ -197,7 +207,7 @@ def make_experience(
         kept=rollout.kept,
         scores=scores.astype(jnp.float32),
     )
-    usable = answers.mask.any(1)
+    usable = answers.usable
     metrics = {
         "kl/coef": jnp.asarray(kl_coef, jnp.float32),
         "reward/shaped": ops.masked_mean(sequence_scores(answers), usable),
@@ -222,18 +232,37 @@ def _answers(
     usable = jnp.isfinite(scores) if scored.greedy_score is None else jnp.isfinite(scores) & jnp.isfinite(scored.greedy_score)
     usable = jnp.repeat(in_groups(usable, group_size).all(1), group_size)
     mask = rollout.action_mask & usable[:, None]
-    shaped = ppo.adjust_scores(
-        jnp.where(usable, scores, 0.0),
-        rollout.finished,
-        clip=settings.reward_clip,
-        missing_eos=settings.missing_eos,
-        penalty=settings.missing_eos_penalty,
-    )
-    if settings.overlong_buffer > 0:
-        shaped -= overlong_penalty(rollout.action_mask, buffer=settings.overlong_buffer, penalty=settings.overlong_penalty)
+    shaped = _treated(settings, jnp.where(usable, scores, 0.0), rollout.finished, rollout.action_mask)
+    greedy = scored.greedy_score
+    if greedy is not None:
+        finished, actions = scored.greedy_finished, scored.greedy_mask
+        if settings.missing_eos != "none":
+            require(finished, f"missing_eos {settings.missing_eos}: Scored.greedy_finished")
+        if settings.overlong_buffer > 0:
+            require(actions, f"overlong_buffer {settings.overlong_buffer}: Scored.greedy_mask")
+        greedy = _treated(
+            settings,
+            jnp.where(usable, greedy, 0.0),
+            jnp.ones_like(usable) if finished is None else finished,
+            mask if actions is None else actions,
+        )
     penalties = jnp.zeros(mask.shape, jnp.float32)
     if penalised:
         ref_logprobs = require(scored.ref_logprobs, "Scored.ref_logprobs")
         kl = ppo.kl_per_token(scored.logprobs, ref_logprobs, mask, estimator=settings.kl_estimator, exact=scored.kl)
         penalties = kl_coef * kl
-    return Answers(scores=shaped, penalties=penalties, mask=mask, greedy_scores=scored.greedy_score)
+    return Answers(scores=shaped, penalties=penalties, mask=mask, greedy_scores=greedy)
+
+
+def _treated(settings: config.CriticFree, scores: jax.Array, finished: jax.Array, action_mask: jax.Array) -> jax.Array:
+    """Finite scores f32[B] of answers, clipped, and with penalties for truncated and overlong ones."""
+    scores = ppo.adjust_scores(
+        scores,
+        finished,
+        clip=settings.reward_clip,
+        missing_eos=settings.missing_eos,
+        penalty=settings.missing_eos_penalty,
+    )
+    if settings.overlong_buffer > 0:
+        scores -= overlong_penalty(action_mask, buffer=settings.overlong_buffer, penalty=settings.overlong_penalty)
+    return scores

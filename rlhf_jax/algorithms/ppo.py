@@ -181,7 +181,8 @@ def adapt_kl(
     """kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) sequences / horizon): a proportional controller.
 
     KL is the *sum* over a sequence's tokens, averaged over sequences. More sequences than 5 x horizon would turn the
-    coefficient negative (every peer's does): one update at most divides it by 10. A KL that is not finite changes nothing.
+    coefficient negative (every peer's does): one update at most divides it by 10. A KL that is not finite changes nothing, and
+    neither do no sequences.
 
     Args: kl_coef f32[], reward units per nat; kl_per_sequence f32[], nats. Source: Ziegler et al. 2019, section 2.2.
     """
@@ -339,11 +340,12 @@ def denominators(settings: config.PPO, batch: Experience) -> Metrics:
 
 
 def next_kl_coef(settings: config.AdaptiveKL, kl_coef: jax.Array, experience: Experience) -> jax.Array:
-    """`adapt_kl` with the k1 KL per sequence of a batch of experience."""
+    """`adapt_kl` with the k1 KL per sequence of a batch of experience; a row without an action is no sequence."""
     mask = experience.action_mask
     kl = kl_per_token(experience.logprobs, require(experience.ref_logprobs, "Experience.ref_logprobs"), mask)
-    mean = ops.masked_mean(jnp.sum(kl, 1), jnp.any(mask, 1))
-    return adapt_kl(kl_coef, mean, mask.shape[0], target=settings.target, horizon=settings.horizon)
+    rows = jnp.any(mask, 1)
+    mean = ops.masked_mean(jnp.sum(kl, 1), rows)
+    return adapt_kl(kl_coef, mean, jnp.sum(rows), target=settings.target, horizon=settings.horizon)
 
 
 def make_update(
@@ -415,4 +417,5 @@ def build(settings: config.PPO) -> Algorithm:
         make_experience=functools.partial(make_experience, settings),
         make_update=functools.partial(make_update, settings),
         needs=frozenset(needs),
+        kl_coef=settings.kl_coef,
     )

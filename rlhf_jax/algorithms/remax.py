@@ -2,6 +2,7 @@
 
     A_t = sum_{s >= t} r_s - score(greedy answer),     r_t = -kl_coef KL_t + [t last] score
 
+Both scores are clipped and lose the same penalties (missing end-of-sequence, overlong), each by its own answer.
 Li et al. 2023 (arXiv:2310.10505), algorithm 1. Costs one greedy generation per prompt and its score, and no critic.
 """
 

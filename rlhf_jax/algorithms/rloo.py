@@ -24,12 +24,20 @@ def leave_one_out(scores: jax.Array, group_size: int) -> jax.Array:
     return critic_free.group_deviations(scores, group_size) * (group_size / max(group_size - 1, 1))
 
 
-def rloo_advantages(scores: jax.Array, group_size: int, *, penalties: jax.Array | None = None, scale: str = "none") -> jax.Array:
+def rloo_advantages(
+    scores: jax.Array,
+    group_size: int,
+    *,
+    penalties: jax.Array | None = None,
+    scale: str = "none",
+    usable: jax.Array | None = None,
+) -> jax.Array:
     """Leave-one-out advantages of scores - penalties, f32[B]; with scale "batch_std" divided by their deviation plus 1e-4.
 
     The baseline is linear, so that scores and penalties are centred apart: a large offset of the scores costs no digits.
 
-    Args: scores f[B], reward units; penalties f[B], reward units: the KL penalty of the whole answer.
+    Args: scores f[B], reward units; penalties f[B], reward units: the KL penalty of the whole answer; usable bool[B], answers
+      that the deviation counts, default all.
     """
     advantages = leave_one_out(scores, group_size)
     if penalties is not None:
@@ -38,7 +46,8 @@ def rloo_advantages(scores: jax.Array, group_size: int, *, penalties: jax.Array 
         return advantages
     if scale != "batch_std":
         raise ValueError(f"advantage_scale {scale!r}: one of batch_std, none")
-    return advantages / (jnp.sqrt(jnp.sum((advantages - advantages.mean()) ** 2) / max(advantages.size - 1, 1)) + STD_EPS)
+    usable = jnp.ones(advantages.shape, bool) if usable is None else usable
+    return advantages / (jnp.sqrt(ops.masked_var(advantages, usable)) + STD_EPS)
 
 
 def build(settings: config.RLOO) -> Algorithm:
@@ -47,7 +56,11 @@ def build(settings: config.RLOO) -> Algorithm:
     return critic_free.build(
         settings,
         lambda answers: rloo_advantages(
-            answers.scores, size, penalties=ops.masked_sum(answers.penalties, answers.mask, 1), scale=scale
+            answers.scores,
+            size,
+            penalties=ops.masked_sum(answers.penalties, answers.mask, 1),
+            scale=scale,
+            usable=answers.usable,
         ),
         group_size=size,
     )

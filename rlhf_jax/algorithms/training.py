@@ -27,6 +27,7 @@ class Algorithm(NamedTuple):
     make_update: Callable[..., Callable[..., tuple[RunState, Metrics]]]  # (policy_apply, value_apply, actor_tx, critic_tx)
     needs: frozenset[str]  # of critic, reference, kl, entropy, greedy: what Scored must hold
     group_size: int = 1  # answers per prompt
+    kl_coef: float = 0.0  # reward units per nat, the coefficient that a run begins with
 
 
 class Offline(NamedTuple):

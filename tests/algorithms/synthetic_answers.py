@@ -28,9 +28,10 @@ def rollout(mask: Any, logprobs: Any = None, finished: Any = None) -> Rollout:
 
 
 def experience(algorithm: Algorithm, scores: Any, mask: Any, *, finished: Any = None, kl_coef: float = 0.0, **scored: Any):
-    """(Experience, metrics) of these scores; `scored` may hold logprobs, ref_logprobs, kl, greedy_score."""
+    """(Experience, metrics) of these scores; `scored` may hold logprobs, ref_logprobs, kl, greedy_score and kin."""
     made = rollout(mask, scored.get("logprobs"), finished)
-    scored = {name: jnp.asarray(value, jnp.float32) for name, value in scored.items()}
+    flags = ("greedy_finished", "greedy_mask")
+    scored = {name: jnp.asarray(value, bool if name in flags else jnp.float32) for name, value in scored.items()}
     scored.setdefault("logprobs", made.logprobs)
     return jax.jit(algorithm.make_experience)(made, jnp.asarray(scores, jnp.float32), Scored(**scored), jnp.float32(kl_coef))
 

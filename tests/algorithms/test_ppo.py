@@ -400,8 +400,10 @@ def test_rule_7_the_controller_takes_the_sum_over_a_sequence(batch):
     experience, _ = experience_of((rollout, scores, scored))
     mean = 0.1 * (5 + 2 + 5 + 1 + 3) / 5  # the empty row is no sequence
     settings = config.AdaptiveKL(target=0.3, horizon=60.0)
-    want = 0.1 * (1 + (mean / 0.3 - 1) * 6 / 60)
+    want = 0.1 * (1 + (mean / 0.3 - 1) * 5 / 60)
     np.testing.assert_allclose(ppo.next_kl_coef(settings, jnp.float32(0.1), experience), want, rtol=1e-5)
+    nothing = experience.replace(action_mask=jnp.zeros_like(mask))
+    assert ppo.next_kl_coef(settings, jnp.float32(0.1), nothing) == jnp.float32(0.1)
 
 
 def test_rule_8_gae_steps_over_tokens_that_are_not_actions():
@@ -535,7 +537,7 @@ def test_what_is_absent_is_named(batch):
 def test_rule_12_every_setting_of_ppo_is_read():
     source = Path(ppo.__file__).read_text()
     unread = [field for field in config.PPO.__dataclass_fields__ if f"settings.{field}" not in source]
-    assert unread == ["kl_coef"]  # the loop's: it starts RunState.kl_coef
+    assert unread == []
 
 
 def test_needs_name_what_must_be_scored():

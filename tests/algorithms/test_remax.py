@@ -39,6 +39,30 @@ def test_an_answer_as_good_as_the_greedy_one_teaches_exactly_nothing():
     np.testing.assert_array_equal(np.asarray(experience.advantages), 0.0)
 
 
+TREATED = {
+    "clip": {"reward_clip": 1.0},
+    "subtract": {"missing_eos": "subtract"},
+    "replace": {"missing_eos": "replace", "reward_clip": 1.0},
+    "overlong": {"overlong_buffer": 2, "overlong_penalty": 3.0},
+}
+
+
+@pytest.mark.parametrize("keys", TREATED.values(), ids=TREATED)
+def test_the_greedy_score_is_clipped_and_penalised_as_the_others_are(keys):
+    """The same answers as rollout and as greedy answers are worth the same."""
+    mask, finished = np.arange(4)[None] < np.asarray([[2], [3], [4]]), np.asarray([True, True, False])
+    algorithm, greedy = remax.build(config.ReMax(kl_coef=0.0, **keys)), {"greedy_mask": mask, "greedy_finished": finished}
+    scores = [10.0, -10.0, 0.5]
+    found, _ = synthetic_answers.experience(algorithm, scores, mask, finished=finished, greedy_score=scores, **greedy)
+    np.testing.assert_array_equal(np.asarray(found.advantages), 0.0)
+
+
+def test_a_penalty_asks_how_the_greedy_answer_ended():
+    algorithm = remax.build(config.ReMax(kl_coef=0.0, missing_eos="replace"))
+    with pytest.raises(ValueError, match=r"missing_eos replace: Scored\.greedy_finished is absent"):
+        synthetic_answers.experience(algorithm, [0.5], np.ones((1, 3), bool), greedy_score=[0.5])
+
+
 def test_a_greedy_score_that_is_not_finite_leaves_its_row_out():
     algorithm = remax.build(config.ReMax(kl_coef=0.0))
     experience, metrics = synthetic_answers.experience(algorithm, [0.5, 0.2], np.ones((2, 3), bool), greedy_score=[np.nan, 0.1])

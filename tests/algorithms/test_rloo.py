@@ -9,7 +9,7 @@ import pytest
 import synthetic_answers
 
 from rlhf_jax import config
-from rlhf_jax.algorithms import critic_free, rloo
+from rlhf_jax.algorithms import critic_free, grpo, rloo
 
 GROUPED = [case for case in oracles.names("group_advantages") if case not in ("g4_shuffled", "g1_b4", "trl_multi")]
 
@@ -46,6 +46,22 @@ def test_a_group_of_equal_scores_is_exactly_zero(case, scale):
     scores = oracles.load("grpo_constant_group")[case].inputs["rewards"]
     np.testing.assert_array_equal(advantages(scores, len(scores), scale=scale), 0.0)
     np.testing.assert_array_equal(advantages(scores, 1, scale=scale), 0.0)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        rloo.build(config.RLOO(group_size=4, advantage_scale="batch_std", kl_coef=0.0)),
+        grpo.build(config.GRPO(group_size=4, advantage_scale="batch_std", kl_coef=0.0)),
+    ],
+    ids=["rloo", "grpo"],
+)
+def test_a_group_with_a_score_that_is_not_finite_is_not_in_the_deviation_of_the_batch(algorithm):
+    scores = np.asarray([10.0, 11.5, 10.25, 11.0, np.nan, 10.0, 11.0, 10.0])
+    whole, _ = synthetic_answers.experience(algorithm, scores, np.ones((8, 3), bool))
+    alone, _ = synthetic_answers.experience(algorithm, scores[:4], np.ones((4, 3), bool))
+    np.testing.assert_allclose(whole.advantages[:4], alone.advantages, rtol=1e-5)
+    np.testing.assert_array_equal(whole.advantages[4:], 0.0)
 
 
 def test_the_baseline_of_an_answer_does_not_depend_on_it():
