@@ -12,7 +12,7 @@ Dispatch is asynchronous: the metrics of step n - 1 are read while the device co
 import contextlib
 import functools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +202,17 @@ def finish(setup: OnlineSetup, session: Session, pending: Pending, ended: float 
     slots, answers = pending.rollout.tokens.size, pending.rollout.action_mask.size
     found.setdefault("data/padded_fraction", 1 - (pending.prompt_tokens + tokens) / slots)  # packed, the update knows it
     found["data/prompt_padded_fraction"] = 1 - pending.prompt_tokens / (slots - answers)
-    session.write(pending.step, found, lambda: pending.rollout)
+    session.write(pending.step, measured(found), lambda: pending.rollout)
+
+
+def measured(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of a step on the host, without those that are NaN because nothing was there to train on (see `update._summary`)."""
+    found: dict[str, Any] = parallel.fetch(dict(metrics))
+    if found.get("update/minibatches") != 0:
+        return found
+    return {
+        name: x for name, x in found.items() if not (name.startswith(("policy/", "value/", "kl/loss", "data/")) and np.isnan(x))
+    }
 
 
 def evaluate(setup: OnlineSetup, state: RunState, session: Session, step: int) -> RunState:
@@ -227,7 +237,7 @@ def _evaluate_one(
     critic = None if state.critic is None else state.critic.params
     scored = do["score"](params, critic, frozen, rollout)
     chosen, lp, ref = parallel.fetch((rollout.action_mask, scored.logprobs, scored.ref_logprobs))
-    kl = np.zeros(len(chosen)) if ref is None else np.where(chosen, lp - ref, 0.0).sum(1)
+    kl = None if ref is None else np.where(chosen, lp - ref, 0.0).sum(1)
     text = reward_input(setup, rollout)
     gold = None if setup.gold is None else np.asarray(setup.gold(text))
     if name == "eval":
@@ -239,7 +249,7 @@ def _evaluate_one(
                 "response": text.responses[n],
                 "score": float(total[n]),
                 "gold": None if gold is None else float(gold[n]),
-                "kl_nats": float(kl[n]),
+                "kl_nats": None if kl is None else float(kl[n]),
                 "length_tokens": int(chosen[n].sum()),
                 "finished": bool(text.finished[n]),
             }
@@ -248,8 +258,8 @@ def _evaluate_one(
         session.recorder.samples(step, rows)
     found = {
         f"{name}/score": float(total.mean()),
-        f"{name}/kl_per_sequence_nats": float(kl.mean()),
         f"{name}/length_tokens": float(chosen.sum(1).mean()),
         f"{name}/eos_rate": float(np.mean(text.finished)),
     }
+    found |= {} if kl is None else {f"{name}/kl_per_sequence_nats": float(kl.mean())}
     return found if gold is None else found | {f"{name}/gold": float(gold.mean())}

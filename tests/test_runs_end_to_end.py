@@ -416,6 +416,48 @@ def test_a_step_has_its_own_seconds_and_no_decoding_copy_lies_beside_an_update(
 
 
 @pytest.mark.usefixtures("one_device")
+def test_what_a_run_does_not_measure_is_not_in_its_files_and_no_alarm(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No reference is held, and every answer is worth the same: no KL, no ratio, no entropy of an update."""
+    settings = config.GRPORun(
+        out=str(tmp_path / "grpo"),
+        steps=2,
+        batch_size=4,
+        model=config.Model(path=str(base / "sft" / "final")),
+        data=DATA,
+        reward=config.Reward(functions=(config.RewardFunction(function="regex", options={"pattern": "never there"}),)),
+        sampling=config.Sampling(max_new_tokens=4),
+        grpo=config.GRPO(group_size=2, kl_coef=0.0, entropy_coef=0.01, drop_uninformative=True),
+        actor_optimizer=OPTIMIZER,
+        log=LOG,
+        health=config.Health(patience=1),
+    )
+    out = online.run("grpo", settings)
+    rows = rows_of(out, "policy/loss")
+    assert [(row["update/steps"], row["policy/loss"]) for row in rows] == [(0.0, 0.0)] * 2
+    absent = ("policy/ratio_mean", "policy/entropy_nats", "not_finite")
+    assert [name for name in absent if any(name in row for row in rows)] == []
+    assert "eval/kl_per_sequence_nats" not in rows_of(out, "eval/score")[-1]
+    samples = metrics.read_rows(out / "samples.jsonl")
+    assert samples
+    assert {row["kl_nats"] for row in samples} == {None}
+    said = capsys.readouterr().err
+    assert "alarm score_spread" in said
+    assert "alarm ratio" not in said
+    assert "alarm entropy" not in said
+    page = (out / "report.html").read_text()
+    assert "Before and after" in page
+    assert "was not finite at" not in page
+
+
+def test_a_metric_that_is_not_finite_is_kept_where_something_was_trained() -> None:
+    told = {"policy/ratio_mean": np.float32("nan"), "kl/coef": np.float32(0.1)}
+    assert set(online.measured(told | {"update/minibatches": np.float32(1)})) == {*told, "update/minibatches"}
+    assert set(online.measured(told | {"update/minibatches": np.float32(0)})) == {"kl/coef", "update/minibatches"}
+
+
+@pytest.mark.usefixtures("one_device")
 def test_lora_trains_an_adapter_and_the_base_is_the_reference(base: Path, tmp_path: Path) -> None:
     settings = ppo_run(
         tmp_path / "lora",

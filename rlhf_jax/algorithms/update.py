@@ -100,8 +100,9 @@ def make_update(
     Actor and critic have their own losses and optimisers. A step whose loss or gradient is not finite changes nothing
     (update/skipped, RunState.bad_steps). Once the approximate KL to the old policy passes `kl_stop`, that step and the rest
     are not taken. During critic warm-up the actor's losses are computed, for their metrics, and not applied. `state.step` and
-    `state.cursor` belong to the loop. `constrain` may put sharding constraints on a minibatch. Metrics "policy/first_ratio_*"
-    are |ratio - 1| at the first minibatch, for losses that give "policy/ratio_gap" f32[B, R].
+    `state.cursor` belong to the loop. `constrain` may put sharding constraints on a minibatch. Metrics are means over the
+    minibatches that have an action, of which there are update/minibatches; update/steps counts optimiser steps. Metrics
+    "policy/first_ratio_*" are |ratio - 1| at the first of them, for losses that give "policy/ratio_gap" f32[B, R].
     """
 
     def update(
@@ -110,7 +111,7 @@ def make_update(
         _check(losses, passes, state, ptx)
         wanted = state.step >= passes.critic_warmup
 
-        def step(carry: Any, rows: Any) -> tuple[Any, Metrics]:
+        def step(carry: Any, rows: Any) -> tuple[Any, tuple[Metrics, jax.Array]]:
             actor, critic, _ = carry
             batch = losses.prepare(constrain(_take(experience, rows[0])))
             text = None if ptx is None else constrain(_take(ptx, rows[1]))
@@ -140,24 +141,28 @@ def make_update(
                     )
                 skipped = jnp.maximum(metrics["update/skipped"], done.pop("update/skipped"))
                 metrics |= done | {"update/skipped": skipped}
-            return (actor, critic, stop), metrics
+            return (actor, critic, stop), (metrics, something)
 
-        def body(carry: Any, rows: Any) -> tuple[Any, tuple[Metrics, jax.Array]]:
+        def body(carry: Any, rows: Any) -> tuple[Any, tuple[Metrics, jax.Array, jax.Array]]:
             stopped = carry[2]
             if passes.kl_stop is None:
-                carry, metrics = step(carry, rows)
+                carry, (metrics, used) = step(carry, rows)
             else:
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, carry, rows)[1])
-                carry, metrics = jax.lax.cond(stopped, lambda c: (c, nothing), lambda c: step(c, rows), carry)
-            return carry, (metrics, ~stopped)
+                carry, (metrics, used) = jax.lax.cond(stopped, lambda c: (c, nothing), lambda c: step(c, rows), carry)
+            return carry, (metrics, ~stopped, used)
 
         rows = (
             _rows(key, experience.tokens.shape[0], passes),
             None if ptx is None else _rows(jax.random.fold_in(key, passes.epochs), ptx.tokens.shape[0], passes),
         )
         start = (state.actor, state.critic, jnp.zeros((), bool))
-        (actor, critic, stopped), (history, taken) = jax.lax.scan(body, start, rows, length=passes.epochs * passes.minibatches)
-        metrics = _summary(history, taken) | {"update/stopped": stopped.astype(jnp.float32)}
+        (actor, critic, stopped), found = jax.lax.scan(body, start, rows, length=passes.epochs * passes.minibatches)
+        steps = actor.step - state.actor.step
+        if critic is not None and losses.value is not None:
+            steps = jnp.maximum(steps, critic.step - require(state.critic, "RunState.critic").step)
+        counts = {"update/steps": steps, "update/stopped": stopped}
+        metrics = _summary(*found) | {name: count.astype(jnp.float32) for name, count in counts.items()}
         state = state.replace(
             actor=actor,
             critic=critic,
@@ -234,17 +239,25 @@ def _first_ratio(gap: jax.Array, mask: jax.Array) -> Metrics:
     }
 
 
-def _summary(history: Metrics, taken: jax.Array) -> Metrics:
-    """Metrics of an update from those of its minibatches: mean (or maximum) over the steps that ran; first_*: of the first."""
-    count = jnp.maximum(jnp.sum(taken), 1)
+def _summary(history: Metrics, ran: jax.Array, used: jax.Array) -> Metrics:
+    """Metrics of an update from those of its minibatches: mean (or maximum) over those with an action; first_*: of the first.
+
+    Where none has one, losses, norms of gradients and gaps are 0, and what has no value of nothing, such as a ratio, is NaN.
+    Args: ran, used bool[minibatches], those before `kl_stop` (over which update/* and ptx/* are averaged), and with an action.
+    """
+    any_used = jnp.any(used)
 
     def one(key: str, x: jax.Array) -> jax.Array:
+        if key.startswith(("update/", "ptx/")):
+            return ops.masked_mean(x, ran)
+        if key.endswith(("/loss", "/grad_norm")):
+            return ops.masked_mean(x, used)
         if key.startswith("policy/first_"):
-            return x[0]
-        x = jnp.where(taken, x, 0.0)
-        return jnp.max(x) if key.endswith("_max") else jnp.sum(x) / count
+            return x[jnp.argmax(used)]
+        found = jnp.max(jnp.where(used, x, -jnp.inf)) if key.endswith("_max") else ops.masked_mean(x, used)
+        return jnp.where(any_used, found, jnp.nan)
 
-    return {key: one(key, x) for key, x in history.items()} | {"update/steps": jnp.sum(taken).astype(jnp.float32)}
+    return {key: one(key, x) for key, x in history.items()} | {"update/minibatches": jnp.sum(used).astype(jnp.float32)}
 
 
 def _rows(key: jax.Array, batch_size: int, passes: Passes) -> jax.Array | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import config, ops, parallel
+from rlhf_jax import config, health, ops, parallel
 from rlhf_jax.algorithms import ppo, training, update
 from rlhf_jax.types import Frozen, Moments, Rollout, RunState, Scored, Sequences, TrainState
 
@@ -222,13 +222,38 @@ def test_early_stop_leaves_out_the_rest_of_the_epochs(batch):
     assert metrics["update/stopped"] == 1
     assert 0 < stopped.actor.step < 6
     assert stopped.critic.step == stopped.actor.step
-    assert metrics["update/steps"] == stopped.actor.step + 1  # the one that measured the KL and was not taken
+    assert metrics["update/steps"] == stopped.actor.step
+    assert metrics["update/minibatches"] == stopped.actor.step + 1  # the one that measured the KL and was not taken
     assert metrics["policy/approx_kl_nats"] > 0
     assert stopped.bad_steps == 0
     still = batch[0].replace(action_mask=jnp.zeros_like(batch[0].action_mask)), *batch[1:]
     *_, metrics = run(still, rate=0.1, epochs=6, kl_stop=1e-3)  # nothing to train, nothing moves: no reason to stop
     assert metrics["update/stopped"] == 0
-    assert metrics["update/steps"] == 6
+    assert metrics["update/steps"] == 0
+
+
+def test_minibatches_without_an_action_are_in_no_mean(batch):
+    rollout, scores, scored = batch
+    last = update.minibatch_rows(KEY, B, 1, 4)[-1]
+    here = jnp.zeros(B, bool).at[last].set(True)[:, None]
+    stale = scored.replace(logprobs=scored.logprobs - 0.1)
+    part = rollout.replace(action_mask=rollout.action_mask & here), scores, stale
+    *_, metrics = run(part, epochs=1, minibatches=4)
+    np.testing.assert_allclose(metrics["policy/ratio_mean"], np.exp(0.1), rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/ratio_max"], np.exp(0.1), rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/first_ratio_mean"], np.expm1(0.1), rtol=1e-3)
+    entropy = ops.masked_mean(scored.entropy, rollout.action_mask & here)
+    np.testing.assert_allclose(metrics["policy/entropy_nats"], entropy, rtol=1e-5)
+    assert (metrics["update/minibatches"], metrics["update/steps"]) == (1, 1)
+
+
+def test_an_update_of_nothing_raises_no_alarm(batch):
+    still = batch[0].replace(action_mask=jnp.zeros_like(batch[0].action_mask)), *batch[1:]
+    *_, metrics = run(still, epochs=1, minibatches=2)
+    assert metrics["policy/loss"] == 0
+    updated = {name: value for name, value in metrics.items() if name.startswith(("policy/", "value/"))}
+    alarms = jnp.zeros(len(health.ALARMS), jnp.int32)
+    np.testing.assert_array_equal(health.advance_alarms(alarms, updated, config.Health(), max_new_tokens=R), alarms)
 
 
 def test_critic_warm_up_trains_the_critic_only(batch):
