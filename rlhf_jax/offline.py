@@ -112,24 +112,23 @@ def finish(session: Session, pending: Pending) -> None:
 
 def evaluate(setup: OfflineSetup, state: OfflineState, session: Session, step: int) -> OfflineState:
     """Metrics on the rows that are not trained on, each weighted by what it counts; the lowest loss so far."""
-    data, sums, total = setup.plan.data, Counter[str](), 0.0
+    data, sums, totals = setup.plan.data, Counter[str](), Counter[str]()
     with session.recorder.phase("evaluate"):
         for number in range(-(-data.eval_rows // setup.settings.batch_size)):
             batch, _ = data.eval_batch(number)
             session.watchdog.pause()
-            found = {name: float(x) for name, x in parallel.fetch(_evaluate(setup, state, batch)).items()}
-            count = found.pop("count")
-            total += count
-            sums.update({name: value * count for name, value in found.items()})
-    if not total:
+            found, counts = parallel.fetch(_evaluate(setup, state, batch))
+            sums.update({name: float(value) * float(counts[name]) for name, value in found.items()})
+            totals.update({name: float(count) for name, count in counts.items()})
+    means = {name.replace("/", "/eval_", 1): sums[name] / total for name, total in totals.items() if total}
+    if not means:
         return state
-    means = {name.replace("/", "/eval_", 1): value / total for name, value in sums.items()}
     session.recorder.log(step, means)
     loss = next((value for name, value in means.items() if "loss" in name), np.inf)
     return state.replace(best=setup.scalar(min(float(state.best), loss)))
 
 
-def _evaluate(setup: OfflineSetup, state: OfflineState, batch: Any) -> dict[str, jax.Array]:
+def _evaluate(setup: OfflineSetup, state: OfflineState, batch: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return setup.evaluate(state.trained.params, setup.frozen, setup.place(batch))
 
 

@@ -279,7 +279,9 @@ def init_offline_state(tx: optax.GradientTransformation, params: Params) -> Offl
 def offline_functions(
     stage: str, run: Any, algorithm: training.Offline, model: Model, tx: optax.GradientTransformation
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(state, batch, frozen) -> (state, metrics), and (params, frozen, batch) -> metrics of a batch that is not trained on."""
+    """(state, batch, frozen) -> (state, metrics), and, of a batch that is not trained on,
+    (params, frozen, batch) -> (metrics, what each counts).
+    """
     if stage == "reward":
         inner = scoring.make_score_apply(model)
     else:
@@ -301,7 +303,8 @@ def offline_functions(
     def evaluate(params: Params, frozen: Frozen, batch: Sequences | Preferences) -> Any:
         batch = prepare(params, frozen, batch, run.micro_batches)
         counts = algorithm.denominators(batch)
-        return loss(params, frozen, batch, counts)[1] | {"count": next(iter(counts.values()))}
+        metrics = loss(params, frozen, batch, counts)[1]
+        return metrics, dict.fromkeys(metrics, next(iter(counts.values()))) | algorithm.weights(batch)
 
     return update, evaluate
 

@@ -23,13 +23,15 @@ from rlhf_jax.types import Frozen, Labelled, Metrics, Params, Preferences, Seque
 Apply = Callable[[Params, Frozen, Sequences], jax.Array]  # -> f32[B, T], log-probability of token t, nats
 
 
-def reference_point(log_ratio: jax.Array) -> jax.Array:
-    """z = max(0, mean log pi/ref) over mismatched answers, f32[] nats, without gradient.
+def reference_point(log_ratio: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """z = max(0, mean log pi/ref) over mismatched answers, f32[] nats, without gradient; 0 without any.
 
-    Args: log_ratio f32[B], nats, summed over the tokens of each mismatched answer.
+    Args: log_ratio f32[B], nats, summed over the tokens of each mismatched answer; counted bool[B], rows that are such an
+      answer, default all.
     """
     chex.assert_rank(log_ratio, 1)
-    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(log_ratio.astype(jnp.float32)), 0.0))
+    counted = jnp.ones(log_ratio.shape, bool) if counted is None else counted
+    return jax.lax.stop_gradient(jnp.maximum(ops.masked_mean(log_ratio, counted), 0.0))
 
 
 def answer_loss(
@@ -52,8 +54,18 @@ def answer_loss(
     return jnp.where(desirable, good, bad)
 
 
+def partners(usable: jax.Array) -> jax.Array:
+    """The next usable row after each usable one (after the last: the first), i32[B]; of other rows, any usable one.
+
+    Args: usable bool[B], rows that have an answer; the others only fill the last batch of an evaluation.
+    """
+    chex.assert_rank(usable, 1)
+    order = jnp.argsort(~usable, stable=True)
+    return order[jnp.cumsum(usable) % jnp.maximum(jnp.sum(usable), 1)]
+
+
 def mismatched(sequences: Sequences) -> Sequences:
-    """Each prompt with the next row's answer (the last one gets the first's); answers are cut where T ends.
+    """Each prompt with its partner's answer (see `partners`); answers are cut where T ends.
 
     The prompt of a row is what precedes its first trained token. Args: sequences, i32[B, T], one a row, not packed.
     Source: the paper, section 4.2, as KTO's authors and TRL build the batch that estimates z.
@@ -61,14 +73,16 @@ def mismatched(sequences: Sequences) -> Sequences:
     tokens, mask, targets = sequences.tokens, sequences.mask, sequences.target_mask
     chex.assert_rank([tokens, mask, targets], 2)
     width = tokens.shape[1]
-    start = jnp.where(targets.any(1), jnp.argmax(targets, axis=1), mask.sum(1))  # of the answer, i32[B]
+    usable = targets.any(1)
+    partner = partners(usable)
+    start = jnp.where(usable, jnp.argmax(targets, axis=1), mask.sum(1))  # of the answer, i32[B]
     column = jnp.arange(width)[None]
     # Column t of the new row is the other row's column t - start + other_start, once t has passed the prompt.
-    source = column - start[:, None] + jnp.roll(start, -1)[:, None]
+    source = column - start[:, None] + start[partner][:, None]
     inside = (column >= start[:, None]) & (source < width)
 
     def spliced(x: jax.Array) -> jax.Array:
-        answer = jnp.take_along_axis(jnp.roll(x, -1, axis=0), jnp.clip(source, 0, width - 1), axis=1)
+        answer = jnp.take_along_axis(x[partner], jnp.clip(source, 0, width - 1), axis=1)
         empty = jnp.zeros((), x.dtype)
         return jnp.where(column < start[:, None], x, jnp.where(inside, answer, empty))
 
@@ -90,22 +104,38 @@ def answer_log_ratio(apply: Apply, params: Params, frozen: Frozen, sequences: Se
 
 
 def prepare(apply: Apply, params: Params, frozen: Frozen, batch: Preferences | Labelled, micro_batches: int = 1) -> Labelled:
-    """The batch with its reference point z, which must be that of the whole batch: made before it is split, part by part."""
-    prompts = batch.desirable if isinstance(batch, Labelled) else batch.chosen.tokens
-    if prompts.shape[0] < 2:
+    """The batch with its reference point z, which must be that of the whole batch: made before it is split, part by part.
+
+    Rows without an answer, and a row whose partner has the same prompt (the only one of the batch), are not in its mean.
+    """
+    prompts = (batch.desirable if isinstance(batch, Labelled) else batch.chosen.tokens).shape[0]
+    if prompts < 2:
         raise UserError("batch_size is 1: KTO pairs every prompt with another row's answer; make batch_size at least 2")
     batch = labelled(batch)
+    usable = jnp.any(batch.sequences.target_mask, 1)
+    prompt = jnp.arange(usable.shape[0]) % prompts
     parts = split_rows(mismatched(batch.sequences), micro_batches)
     log_ratio = jax.lax.map(lambda part: answer_log_ratio(apply, jax.lax.stop_gradient(params), frozen, part), parts)
-    return batch.replace(reference_point=jnp.full(batch.desirable.shape, reference_point(log_ratio.reshape(-1))))
+    z = reference_point(log_ratio.T.reshape(-1), usable & (prompt[partners(usable)] != prompt))  # .T: parts are interleaved
+    return batch.replace(reference_point=jnp.full(batch.desirable.shape, z))
 
 
 def denominators(batch: Preferences | Labelled) -> dict[str, jax.Array]:
     """Answers of the global batch that have a token, good and bad ones apart, at least 1."""
+    return {name: jnp.maximum(count, 1.0) for name, count in _counts(batch).items()}
+
+
+def weights(batch: Preferences | Labelled) -> dict[str, jax.Array]:
+    """How many answers the rewards of each class are means of; 0 where a batch has none of it."""
+    counts = _counts(batch)
+    return {f"kto/{name}_reward": counts[name] for name in ("desirable", "undesirable")}
+
+
+def _counts(batch: Preferences | Labelled) -> dict[str, jax.Array]:
     batch = labelled(batch)
     usable = jnp.any(batch.sequences.target_mask, 1)
     counts = {"answers": usable, "desirable": usable & batch.desirable, "undesirable": usable & ~batch.desirable}
-    return {name: jnp.maximum(jnp.sum(rows), 1).astype(jnp.float32) for name, rows in counts.items()}
+    return {name: jnp.sum(rows).astype(jnp.float32) for name, rows in counts.items()}
 
 
 def loss(
@@ -138,4 +168,4 @@ def build(settings: config.KTO) -> Offline:
     """KTO with these settings, on preference pairs or labelled answers; what is frozen is a `types.Frozen`."""
     if settings.beta <= 0:
         raise UserError(f"kto.beta is {settings.beta:g}; it must be above 0, such as 0.1")
-    return Offline(loss=functools.partial(loss, settings), denominators=denominators, prepare=prepare)
+    return Offline(loss=functools.partial(loss, settings), denominators=denominators, prepare=prepare, weights=weights)

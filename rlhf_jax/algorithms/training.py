@@ -36,6 +36,8 @@ class Offline(NamedTuple):
     loss: Loss  # (apply, params, frozen, batch, denominators) -> share of the global mean, metric shares
     denominators: Callable[[Any], dict[str, jax.Array]]  # global batch -> counts
     prepare: Callable[..., Any] = lambda apply, params, frozen, batch, micro_batches: batch  # global batch, before it is split
+    # global batch -> how many rows a metric is the mean of, for metrics where that is not the first denominator
+    weights: Callable[[Any], Metrics] = lambda batch: {}
 
 
 def learning_rate(settings: config.Optimizer, total_steps: int) -> optax.Schedule:

@@ -1,6 +1,8 @@
 """KTO: loss, reference point and gradients against float64 definitions, mismatched answers, one z a batch, learning."""
 
+import contextlib
 import functools
+from types import SimpleNamespace
 
 import bandit
 import jax
@@ -11,7 +13,7 @@ import oracles
 import pytest
 import synthetic_answers
 
-from rlhf_jax import config, ops, scoring, testing
+from rlhf_jax import config, offline, ops, programs, scoring, testing
 from rlhf_jax.algorithms import kto, training
 from rlhf_jax.types import Frozen, Preferences, Sequences, TrainState
 
@@ -141,6 +143,61 @@ def test_the_reference_point_is_that_of_the_whole_batch_for_every_split():
     assert float(found[1][1]["kto/reference_point_nats"]) > 0.01
     for parts in (3, 12):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7), found[parts], found[1])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_rows_that_fill_a_batch_are_not_in_the_reference_point(micro_batches):
+    params, other = (bandit.MODEL.init(jax.random.key(i)) for i in (0, 1))
+    apply = scoring.make_sequence_apply(bandit.MODEL, 128)
+    batch = kto.labelled(testing.random_preferences(3, 3, 6, bandit.VOCAB))
+
+    def z(batch, parts=1):
+        made = kto.prepare(lambda p, f, b: apply(p, f.actor, b), params, Frozen(reference=other), batch, parts)
+        return float(made.reference_point[0])
+
+    def filled(*rows):
+        """These rows of the batch, where they stand; the others empty."""
+        there = jnp.zeros((6, 1), bool).at[jnp.asarray(rows)].set(True)
+        sequences = batch.sequences
+        return batch.replace(sequences=sequences.replace(mask=sequences.mask & there, target_mask=sequences.target_mask & there))
+
+    rows = (0, 2, 3)
+    alone = z(jax.tree.map(lambda x: x[jnp.asarray(rows)], batch))
+    assert alone > 0.01
+    assert z(filled(*rows), micro_batches) == pytest.approx(alone, rel=1e-5)
+    assert z(filled(1), micro_batches) == 0.0  # one answer has no other's to go with
+
+
+def test_evaluation_weights_every_metric_by_the_answers_that_it_counts():
+    """The classes' rewards over uneven batches are those of one batch of all answers."""
+    params, other = (bandit.MODEL.init(jax.random.key(i)) for i in (0, 1))
+    whole = kto.labelled(testing.random_preferences(3, 4, 6, bandit.VOCAB))
+    whole = whole.replace(desirable=jnp.arange(8) == 1)  # the second batch has none
+    run = SimpleNamespace(model=config.Model(), micro_batches=1)
+    functions = programs.offline_functions("kto", run, kto.build(config.KTO()), bandit.MODEL, optax.sgd(1.0))
+    rows = []
+
+    def evaluated(size):
+        setup = SimpleNamespace(
+            plan=SimpleNamespace(
+                data=SimpleNamespace(
+                    eval_rows=8, eval_batch=lambda n: (jax.tree.map(lambda x: x[n * size : (n + 1) * size], whole), None)
+                )
+            ),
+            settings=SimpleNamespace(batch_size=size),
+            evaluate=jax.jit(functions[1]),
+            frozen=Frozen(reference=other),
+            place=lambda batch: batch,
+            scalar=jnp.float32,
+        )
+        recorder = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), log=lambda step, found: rows.append(found))
+        session = SimpleNamespace(recorder=recorder, watchdog=SimpleNamespace(pause=lambda: None))
+        offline.evaluate(setup, programs.init_offline_state(optax.sgd(1.0), params), session, 0)
+        return rows[-1]
+
+    one, several = evaluated(8), evaluated(4)
+    for name in ("kto/eval_desirable_reward", "kto/eval_undesirable_reward"):
+        assert several[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 def test_an_answer_without_a_token_is_left_out():
