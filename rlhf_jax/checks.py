@@ -36,10 +36,10 @@ class Range:
         return above and (value < self.high if self.high_open else value <= self.high)
 
     def words(self) -> str:
-        low = f"{'above' if self.low_open else 'at least'} {self.low:g}"
+        low = f"{'above' if self.low_open else 'at least'} {self.low:.10g}"
         if math.isinf(self.high):
             return low
-        return f"{low} and {'below' if self.high_open else 'at most'} {self.high:g}"
+        return f"{low} and {'below' if self.high_open else 'at most'} {self.high:.10g}"
 
 
 COUNT = Range(low=1)
@@ -257,6 +257,13 @@ def _batch(config: c.Run) -> Iterator[Problem]:
     text = _rows_problem(config, ways)
     if text:
         yield Problem("sampling.rows", text)
+    if isinstance(config, (c.RewardRun, c.DPORun, c.KTORun)) and config.data.packing:
+        yield Problem(
+            "data.packing", "data.packing is for fine-tuning and for stages that sample; pairs are not packed: remove it"
+        )
+    if not isinstance(config, c.OnlineRun) and config.data.length_buckets != 1:
+        text = f"data.length_buckets is {config.data.length_buckets}; widths are of prompts that are answered: remove it here"
+        yield Problem("data.length_buckets", text)
     if isinstance(config, c.KTORun) and config.batch_size == 1:
         text = "batch_size is 1; kto pairs every prompt with another row's answer, so it must be at least 2"
         yield Problem("batch_size", text)

@@ -264,6 +264,8 @@ def doctor() -> None:
 def _run_class(stage: str) -> Any:
     from rlhf_jax.config import STAGES
 
+    if not stage:
+        raise UserError(f"name a stage, such as `rlhf-jax config ppo`: {', '.join(STAGES)}")
     if stage not in STAGES:
         raise UserError(f"the stage {stage!r} is not one of {', '.join(STAGES)}")
     return STAGES[stage]

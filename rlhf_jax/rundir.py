@@ -6,6 +6,7 @@ config.resolved.yaml   every key with its value          env.json   versions, de
 metrics.jsonl samples.jsonl   appended by metrics.Recorder, which cuts them back to the restored step on resume
 """
 
+import difflib
 import errno
 import fcntl
 import importlib.metadata
@@ -144,6 +145,7 @@ def _open(
         if from_scratch:
             _set_aside(path, say)
         earlier = _read_record(path)
+        _require_known(override, config, earlier, fingerprints)
         if earlier is not None:
             if _has_results(path, earlier):
                 _require_same(path, earlier, config, fingerprints, override)
@@ -226,6 +228,18 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     if not {"config", "fingerprints", "starts", "completed_step"} <= record.keys():
         raise UserError(f"{file} is damaged. Put back a copy, or start anew with --from-scratch (deletes nothing).")
     return record
+
+
+def _require_known(
+    override: set[str], config: dict[str, Any], earlier: dict[str, Any] | None, fingerprints: dict[str, str]
+) -> None:
+    known = _flat(config).keys() | fingerprints.keys() | (_flat(earlier["config"]).keys() if earlier else set())
+    if unknown := sorted(override - known):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"--resume-override {unknown[0]}: no such key{hint}; give keys as the refusal of a changed run names them"
+        )
 
 
 def _has_results(path: Path, record: dict[str, Any]) -> bool:

@@ -34,10 +34,12 @@ from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
-from rlhf_jax.rewards import HostReward, make_reward
+from rlhf_jax.rewards import REWARDS, HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
 from rlhf_jax.setups_abstract import HEADS, abstract_programs, online_optimizers
-from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RunState, Sequences, join
+from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RewardInput, RunState, Sequences, join
+
+PROBED = 64  # rows that the rewards of this package read before a run starts
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
         if settings.ptx_data is None:
             raise UserError(f"{stage}.ptx_coef > 0 needs ptx_data, the fine-tuning data of the mixture")
         ptx = make_sft_data(settings.ptx_data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
-    make_reward(settings.reward, tokenizer)
+    _try_rewards(settings.reward, tokenizer, data)
     build.check_others(settings, tokenizer)
     return OnlinePlan(stage, settings, algorithm, mesh, tokenizer, data, ptx)
 
@@ -248,6 +250,16 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         host_reward=host,
         gold=gold,
     )
+
+
+def _try_rewards(reward: config.Reward, tokenizer: Tokenizer, data: PromptData) -> None:
+    """Make the host rewards, and let those of this package read some rows, with an empty answer: a column may be missing."""
+    make_reward(reward, tokenizer)
+    shipped = tuple(each for each in reward.functions if each.function in REWARDS)
+    if shipped:
+        rows = data.eval_batch(PROBED).index
+        batch = RewardInput(data.texts(rows), [""] * len(rows), np.ones(len(rows), bool), data.columns(rows))
+        make_reward(config.Reward(functions=shipped, timeout_s=reward.timeout_s), tokenizer)(batch)
 
 
 def _reference(settings: Any, trained: Loaded, load: Callable[..., Loaded]) -> Loaded | None:

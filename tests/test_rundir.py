@@ -250,3 +250,8 @@ def test_sync_reaches_the_files_of_lines(tmp_path, monkeypatch):
         monkeypatch.setattr("rlhf_jax.integrity.sync_path", lambda path: synced.append(path.name))
         run.sync()
     assert synced == ["metrics.jsonl"]
+
+
+def test_an_override_names_a_key(tmp_path):
+    message = refusal(lambda: open_run(tmp_path, text(), PRINTS, override=["ppo.kl_cof"]))
+    assert message.startswith("--resume-override ppo.kl_cof: no such key (did you mean ppo.kl_coef?); give keys as")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import build, config, models, offline, online, setups
+from rlhf_jax import build, checks, config, models, offline, online, setups
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import METRICS, read_rows
@@ -147,3 +147,27 @@ def test_a_reward_function_is_part_of_what_a_run_is(tmp_path):
         functions = (config.RewardFunction(function=f"{file}:score"), config.RewardFunction(function="length"))
         prints.append(setups.plan_online("ppo", ppo_run(tmp_path, reward=config.Reward(functions=functions))).fingerprints)
     assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"reward.functions"}
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("math_answer", {"column": "nope"}, "column 'nope'"),
+        ("regex", {"pattern": "(a"}, "pattern"),
+        ("exact", {"column": "nope"}, "column 'nope'"),
+    ],
+)
+def test_rewards_of_this_package_are_tried_before_anything_is_loaded(tmp_path, function, options, message):
+    rewards = config.Reward(functions=(config.RewardFunction(function=function, options=options),))
+    with pytest.raises(UserError, match=message) as caught:
+        setups.plan_online("ppo", ppo_run(tmp_path, reward=rewards))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_keys_that_a_stage_does_not_read_are_refused():
+    data = config.Data(path="pairs.jsonl", packing=True, length_buckets=2)
+    found = {
+        stage: [problem.key for problem in checks.find_problems(config.STAGES[stage](data=data))] for stage in config.OFFLINE
+    }
+    assert all("data.length_buckets" in keys for keys in found.values())
+    assert {stage for stage, keys in found.items() if "data.packing" in keys} == {"reward", "dpo", "kto"}

@@ -14,6 +14,7 @@ With `data.chat` strings become messages first (`as_messages`).
 """
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,8 @@ FORMATS: dict[Purpose, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "labels": (("labelled", ("prompt", "completion", "label")),),
 }
 
+_OURS = tuple(dict.fromkeys(name for formats in FORMATS.values() for _, names in formats for name in names))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -72,9 +75,11 @@ def rename(row: dict[str, Any], columns: dict[str, str], where: str = "row") -> 
     missing = {ours: theirs for ours, theirs in columns.items() if theirs not in row}
     if missing:
         ours, theirs = next(iter(missing.items()))
+        near = difflib.get_close_matches(ours, [name for name in _OURS if name != ours], 1) if ours not in _OURS else []
+        hint = f" (and {ours} is a name that only rewards read; did you mean {near[0]}?)" if near else ""
         raise BadRow(
             f"{where}: data.columns.{ours}: {theirs} names a column that is not there; found {_names(row)}. "
-            f"Write data.columns.{ours}=<one of these>"
+            f"Write data.columns.{ours}=<one of these>{hint}"
         )
     taken = set(columns.values())
     return {key: value for key, value in row.items() if key not in taken} | {o: row[t] for o, t in columns.items()}

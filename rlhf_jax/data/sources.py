@@ -74,7 +74,7 @@ def open_source(path: str, *, limit: int | None = None) -> Source:
     kind = suffixes[-1] if suffixes else ""
     if kind not in (".jsonl", ".ndjson", ".json", ".parquet"):
         raise UserError(
-            f"data.path: {path!r} is none of .jsonl, .json, .parquet (with .gz, .bz2, .xz or .zst); rename or convert it"
+            f"data.path: {path!r} is none of .jsonl, .ndjson, .json, .parquet (with .gz, .bz2, .xz or .zst); rename or convert it"
         )
     if file.stat().st_size == 0:
         raise UserError(f"data.path: {path!r} is empty (0 bytes); expected at least one row")
