@@ -126,7 +126,7 @@ def answer(model: str, questions: Sequence[Question], settings: Settings, *, ref
     """Answer every prompt `samples` times. An answer depends on (seed, place of the prompt, number of the answer) alone."""
     generator = generate.open_model(model, config.Model(path=model, compute_dtype=settings.dtype))
     ids = [encode_prompt(generator.tokenizer, question.prompt) for question in questions]
-    check_lengths(generator, ids, questions, settings)
+    generate.check_lengths(generator, ids, questions, settings.max_new_tokens)
     parts = parallel.axis_size(generator.mesh, "batch")
     if settings.batch_size % parts:
         raise UserError(f"--batch-size {settings.batch_size}: must be a multiple of {parts}, the devices that share a batch")
@@ -164,17 +164,6 @@ def place_rows(generator: Generator, ids: list[list[int]], rows: list[tuple[int,
     numbers[:, : len(rows)] = np.asarray(rows, np.int32).T
     batch = batch.replace(index=numbers[0], sample=numbers[1])
     return parallel.place(batch, parallel.batch_sharding(generator.mesh))
-
-
-def check_lengths(generator: Generator, ids: list[list[int]], questions: Sequence[Question], settings: Settings) -> None:
-    """Raise `UserError` for the first prompt that leaves no room for an answer."""
-    longest = generator.loaded.spec.max_length
-    for row, question in zip(ids, questions, strict=True):
-        if longest and len(row) + settings.max_new_tokens > longest:
-            raise UserError(
-                f"{question.where()}: the prompt has {len(row)} tokens; with --max-new-tokens {settings.max_new_tokens} that is "
-                f"more than the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
-            )
 
 
 def make_kl(generator: Generator, reference: str, settings: Settings) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import build, config, models, parallel, sampling, setups
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.formats import ASSISTANT, HUMAN, Message
-from rlhf_jax.data.questions import read_questions
+from rlhf_jax.data.questions import Question, read_questions
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Prompts
@@ -124,6 +124,17 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[
     return tokenizer.encode(text.removeprefix("\n\n") + ASSISTANT, start=True), (HUMAN,)
 
 
+def check_lengths(generator: Generator, ids: list[list[int]], questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Raise `UserError` for the first prompt that leaves no room for an answer."""
+    longest = generator.loaded.spec.max_length
+    for row, question in zip(ids, questions, strict=True):
+        if longest and len(row) + max_new_tokens > longest:
+            raise UserError(
+                f"{question.where()}: the prompt has {len(row)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
+                f"the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
+            )
+
+
 def generate(
     model_dir: Path,
     prompts: Path,
@@ -140,10 +151,11 @@ def generate(
 
     `chat` and `columns` are those of the run's `data`: the model is asked as it was trained.
     """
-    questions = [question.prompt for question in read_questions(prompts, config.Data(columns=columns or {}, chat=chat))]
+    questions = read_questions(prompts, config.Data(columns=columns or {}, chat=chat))
     generator = open_model(model_dir)
     settings = config.Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    ids = [encode_prompt(generator.tokenizer, question) for question in questions]
+    ids = [encode_prompt(generator.tokenizer, question.prompt) for question in questions]
+    check_lengths(generator, ids, questions, max_new_tokens)
     for question, found in zip(questions, answer(generator, ids, settings, seed=seed, batch_size=batch_size), strict=True):
-        row = {"prompt": question, "response": found.text, "finished": found.finished, "logprob_nats": round(found.logprob, 4)}
-        yield json.dumps(row, ensure_ascii=False)
+        row = {"prompt": question.prompt, "response": found.text, "finished": found.finished}
+        yield json.dumps(row | {"logprob_nats": round(found.logprob, 4)}, ensure_ascii=False)

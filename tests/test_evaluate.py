@@ -259,6 +259,7 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
     ("options", "message"),
     [
         (["--prompts", "missing.txt"], "--prompts missing.txt: no such file"),
+        (["--prompts", "latin.txt"], "--prompts latin.txt: byte 3 is not UTF-8"),
         (
             ["--reward", "wisdom"],
             "--reward wisdom: neither a directory with a reward model, nor one of exact, length, math_answer",
@@ -285,6 +286,7 @@ def test_mistakes_are_one_message(run, files, options, message):
     if "--batch-size" in options and jax.device_count() == 1:
         pytest.skip("one device takes any batch")
     (files / "short.txt").write_text("it\n")
+    (files / "latin.txt").write_bytes(b"caf\xe9\n")
     names = {"LM": str(directories.language_model()), "RM": str(directories.reward_model())}
     options = [names.get(option, option) for option in options]
     message = message.replace("RM:", names["RM"] + ":")
@@ -320,3 +322,16 @@ def test_a_reward_model_gives_no_answers(run):
     status, _, err = run(model=directories.reward_model())
     assert status == 2
     assert "is a reward model or a critic: it scores answers and gives none" in err
+
+
+def test_generate_takes_no_more_tokens_than_the_model(files, monkeypatch, capsys):
+    (files / "short.txt").write_text("it\n")
+    command = ["rlhf-jax", "generate", directories.language_model(), "--prompts", files / "short.txt", "--max-new-tokens", 128]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    found = capsys.readouterr()
+    assert (found.out, "short.txt:1: the prompt has 3 tokens; with --max-new-tokens 128 that is more than" in found.err) == (
+        "",
+        True,
+    )

@@ -37,7 +37,11 @@ def _lines(path: Path, data: Data) -> list[Question]:
     if data.columns:
         ours, theirs = next(iter(data.columns.items()))
         raise UserError(f"--columns {ours}={theirs}: {path} is plain text and has no columns; leave it out, or give a jsonl file")
-    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path}: byte {error.start} is not UTF-8 ({error.reason}); convert the file") from None
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_question({"prompt": line}, data, functools.partial("{}:{}".format, path, n)) for n, line in lines[: data.limit]]
 
 
