@@ -259,7 +259,7 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
     ("options", "message"),
     [
         (["--prompts", "missing.txt"], "--prompts missing.txt: no such file"),
-        (["--prompts", "latin.txt"], "--prompts latin.txt: byte 3 is not UTF-8"),
+        (["--prompts", "LATIN"], "latin.txt: byte 3 is not UTF-8"),
         (
             ["--reward", "wisdom"],
             "--reward wisdom: neither a directory with a reward model, nor one of exact, length, math_answer",
@@ -287,7 +287,7 @@ def test_mistakes_are_one_message(run, files, options, message):
         pytest.skip("one device takes any batch")
     (files / "short.txt").write_text("it\n")
     (files / "latin.txt").write_bytes(b"caf\xe9\n")
-    names = {"LM": str(directories.language_model()), "RM": str(directories.reward_model())}
+    names = {"LM": str(directories.language_model()), "RM": str(directories.reward_model()), "LATIN": str(files / "latin.txt")}
     options = [names.get(option, option) for option in options]
     message = message.replace("RM:", names["RM"] + ":")
     status, out, err = run(*options, prompts="short.txt")
