@@ -195,7 +195,9 @@ class PPO:
     )
     critic_warmup: int = key(0, "iterations that train the critic only")
     ptx_coef: float = key(0.0, "weight of the language-modelling loss on fine-tuning data (pretraining mix)")
-    ema_decay: float | None = key(None, "keep an exponential moving average of the actor, evaluated and exported beside it")
+    ema_decay: float | None = key(
+        None, "keep an exponential moving average of the actor in float32, evaluated and exported beside it"
+    )
     old_logprobs: Literal["rollout", "recompute"] = key("recompute", "old log-probabilities: from the sampler, or scored again")
     compat: Literal["none", "deepspeed_chat"] = key("none", "train with the classical five functions, quirks included")
 
@@ -239,7 +241,9 @@ class CriticFree:
         None, "skip the rest of the epochs once the approximate KL to the old policy passes this", "nats per token"
     )
     ptx_coef: float = key(0.0, "weight of the language-modelling loss on fine-tuning data (pretraining mix)")
-    ema_decay: float | None = key(None, "keep an exponential moving average of the actor, evaluated and exported beside it")
+    ema_decay: float | None = key(
+        None, "keep an exponential moving average of the actor in float32, evaluated and exported beside it"
+    )
     old_logprobs: Literal["rollout", "recompute"] = key("recompute", "old log-probabilities: from the sampler, or scored again")
 
 

@@ -37,7 +37,7 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     states = {"model": arrays.get("actor") or arrays.get("trained"), "critic": arrays.get("critic")}
     trees = {name: state["params"] for name, state in states.items() if state}
     if arrays.get("ema"):
-        trees["ema"] = arrays["ema"]
+        trees["ema"] = jax.tree.map(lambda x, like: x.astype(like.dtype), arrays["ema"], trees["model"])
     if part not in trees:
         raise UserError(f"{saved} holds no {part}; it has: {', '.join(trees)}")
     params = trees[part]

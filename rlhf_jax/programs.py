@@ -134,7 +134,7 @@ def abstract_run_state(
         cursor=count,
         actor=abstract_train_state(mesh, actor_tx, parts.actor.trained),
         critic=None if parts.critic is None else abstract_train_state(mesh, critic_tx, parts.critic.trained),
-        ema=parts.actor.trained if ema else None,
+        ema=jax.tree.map(lambda x: abstract(x.shape, jnp.float32, x.sharding), parts.actor.trained) if ema else None,
         kl_coef=scalar,
         scores=Moments(count=scalar, mean=scalar, m2=scalar),
         best=scalar,

@@ -151,7 +151,7 @@ class RunState(Pytree):
     cursor: jax.Array  # i32[], prompts consumed so far
     actor: TrainState
     critic: TrainState | None
-    ema: Params | None  # exponential moving average of the actor's parameters
+    ema: Params | None  # exponential moving average of the actor's parameters, float32 whatever they are
     kl_coef: jax.Array  # f32[], reward units per nat
     scores: Moments  # of the scores seen so far
     best: jax.Array  # f32[], best evaluation score so far

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -274,6 +275,37 @@ def test_mixture_average_and_adaptive_coefficient_run_together(base: Path, tmp_p
         assert row["reward/model"] != 0 != row["reward/length"]
     assert (out / "final-ema" / "config.json").is_file()
     assert any("eval_ema/score" in row for row in rows_of(out, "eval/score"))
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("adapter", [None, config.Lora(rank=2, alpha=4.0)], ids=["whole", "lora"])
+def test_the_moving_average_of_a_bfloat16_actor_is_float32_and_compiles_nothing_twice(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: config.Lora | None
+) -> None:
+    made: list[setups.OnlineSetup] = []
+    set_up = setups.set_up_online
+    monkeypatch.setattr(setups, "set_up_online", lambda plan: made.append(set_up(plan)) or made[0])
+    settings = config.RLOORun(
+        out=str(tmp_path / "rloo"),
+        steps=2,
+        batch_size=4,
+        model=config.Model(path=str(base / "sft" / "final"), param_dtype="bfloat16", lora=adapter),
+        data=DATA,
+        reward=config.Reward(functions=(config.RewardFunction(function="length", options={"maximum": 6}),)),
+        sampling=config.Sampling(max_new_tokens=4),
+        rloo=config.RLOO(group_size=2, kl_coef=0.0, ema_decay=0.9),
+        actor_optimizer=OPTIMIZER,
+        log=LOG,
+        save=SAVE,
+    )
+    out = online.run("rloo", settings)
+    saved = checkpoint.read(out / "checkpoints" / "2")
+    kept = {name.split("/")[0]: leaf.dtype for name, leaf in saved.items() if name.startswith(("ema/", "actor/params/"))}
+    assert kept == {"ema": np.float32, "actor": jnp.bfloat16}
+    assert {name: step._cache_size() for name, step in made[0].do.items()} == dict.fromkeys(made[0].do, 1)
+    assert len([row for row in rows_of(out, "eval/score") if "eval_ema/score" in row]) == 2
+    again, final = export.export(out, tmp_path / "ema", part="ema"), out / "final-ema"
+    assert same_model(again, final) if adapter is None else same_model(again / "adapter", final / "adapter")
 
 
 @pytest.mark.usefixtures("one_device")

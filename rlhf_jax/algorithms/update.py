@@ -270,4 +270,5 @@ def _take(batch: Any, rows: jax.Array | None) -> Any:
 
 
 def _ema(ema: Params, params: Params, decay: float) -> Params:
-    return jax.tree.map(lambda old, new: (decay * old + (1.0 - decay) * new).astype(old.dtype), ema, params)
+    """decay ema + (1 - decay) params in float32: a step of (1 - decay) of the difference is below bfloat16's spacing."""
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new.astype(jnp.float32), ema, params)
