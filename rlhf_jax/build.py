@@ -5,6 +5,7 @@ Hugging Face directories straight onto their shardings, or drawn at random from 
 """
 
 import dataclasses
+import filecmp
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -150,7 +151,8 @@ def _check_same_architecture(found: models.Spec, wanted: models.Spec, path: str)
 
 
 def _check_same_tokens(key: str, directory: Path, tokenizer: Tokenizer) -> None:
-    if not (directory / "tokenizer.json").is_file() or directory == tokenizer.source:
+    file, own = directory / "tokenizer.json", tokenizer.source / "tokenizer.json" if tokenizer.source else None
+    if not file.is_file() or (own is not None and own.is_file() and filecmp.cmp(file, own, shallow=False)):
         return
     theirs = {number: text for text, number in load_tokenizer(directory).backend.get_vocab().items()}
     ours = {number: text for text, number in tokenizer.backend.get_vocab().items() if number != tokenizer.pad_id}

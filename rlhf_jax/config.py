@@ -209,7 +209,7 @@ class RewardModelLoss:
     )
     centering_coef: float = key(0.0, "weight of the squared sum of both scores")
     label_smoothing: float = key(0.0, "probability that a label is wrong")
-    calibrate: bool = key(True, "shift and scale scores so that fine-tuned samples have mean 0 and deviation 1")
+    calibrate: bool = key(True, "shift and scale scores so that the answers of training pairs have mean 0 and deviation 1")
 
 
 # Algorithms beyond PPO. A run's stage is the name of its group: stage "grpo" reads the group `grpo`.

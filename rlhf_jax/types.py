@@ -199,7 +199,7 @@ class Model:
 
 
 class Calibration(NamedTuple):
-    """score = (raw - mean) / std: makes fine-tuning samples score 0 on average, with spread 1."""
+    """score = (raw - mean) / std: answers of the pairs it was trained on score 0 on average, with spread 1."""
 
     mean: float = 0.0
     std: float = 1.0
