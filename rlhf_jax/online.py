@@ -24,7 +24,7 @@ from rlhf_jax.rewards import HostReward
 from rlhf_jax.rewards.check import RewardError
 from rlhf_jax.session import Session, open_session
 from rlhf_jax.setups import OnlineSetup
-from rlhf_jax.types import Params, Prompts, RewardInput, Rollout, RunState
+from rlhf_jax.types import Prompts, RewardInput, Rollout, RunState
 
 
 class Scores(NamedTuple):
@@ -73,31 +73,14 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
         for text in plan.notes:
             session.recorder.note(text)
         setup = made[0]
-        state = initial_state(setup) if restored is None else restored.state
+        state = setup.initial_state() if restored is None else restored.state
         with health.phase("update", setup.components):  # what is only seen when results are read
             state = train(setup, state, session)
         with session.recorder.phase("export"), health.phase("export", setup.components):
-            setup.export(state.replace(ema=average(setup, state)))
+            setup.export(state)
         session.directory.complete(settings.steps)
     session.show()
     return Path(settings.out)
-
-
-def initial_state(setup: OnlineSetup) -> RunState:
-    """The state before the first step."""
-    state = setup.initial_state()
-    return state.replace(ema=_like(state.ema, setup.abstract.ema))
-
-
-def average(setup: OnlineSetup, state: RunState) -> Params | None:
-    """The actor's moving average in the type of its parameters, so that the programs that take these take it."""
-    return _like(state.ema, setup.abstract.actor.params)
-
-
-def _like(params: Params | None, abstract: Params | None) -> Params | None:
-    if params is None:
-        return None
-    return jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, abstract)
 
 
 def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
@@ -239,7 +222,7 @@ def evaluate(setup: OnlineSetup, state: RunState, session: Session, step: int) -
         prompts = setup.place(setup.evaluation_prompts())
         found = _evaluate_one(setup, state, session, step, prompts, key, state.actor.params, "eval")
         if state.ema is not None:
-            found |= _evaluate_one(setup, state, session, step, prompts, key, average(setup, state), "eval_ema")
+            found |= _evaluate_one(setup, state, session, step, prompts, key, setup.average(state), "eval_ema")
         best = max(float(state.best), found["eval/score"])
         session.recorder.log(step, found | {"eval/best_score": best})
     return state.replace(best=setup.scalar(best))

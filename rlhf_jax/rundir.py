@@ -33,6 +33,7 @@ _LINES = ("metrics.jsonl", "samples.jsonl")
 _OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary.json", "report.html", *_LINES)
 _OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
 _FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
+_MAY_BE_MENDED = {"reward.functions"}  # a run that stopped at a faulty one goes on with another: told, not refused
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _SHOWN = 8
@@ -149,6 +150,7 @@ def _open(
         if earlier is not None:
             if _has_results(path, earlier):
                 _require_same(path, earlier, config, fingerprints, override)
+                _tell_edited(earlier, fingerprints, say)
             _tell_devices(earlier, config, devices, say)
         start = {
             "time": _now(),
@@ -252,9 +254,10 @@ def _has_results(path: Path, record: dict[str, Any]) -> bool:
 def _require_same(
     path: Path, earlier: dict[str, Any], config: dict[str, Any], fingerprints: dict[str, str], override: set[str]
 ) -> None:
-    known = {name: text for name, text in fingerprints.items() if name in earlier["fingerprints"]}  # older versions took fewer
-    there = _flat(earlier["config"]) | {f"contents of {name}": text for name, text in earlier["fingerprints"].items()}
-    here = _flat(config) | {f"contents of {name}": text for name, text in known.items()}
+    there, here = (
+        _flat(keys) | {f"contents of {name}": text for name, text in prints.items() if name not in _MAY_BE_MENDED}
+        for keys, prints in ((earlier["config"], earlier["fingerprints"]), (config, fingerprints))
+    )
     accepted = override | {f"contents of {name}" for name in override}
     lines, keys = [], []
     for key in sorted(there.keys() | here.keys()):
@@ -271,6 +274,15 @@ def _require_same(
             f"--resume-override {','.join(keys[:_SHOWN])}",
         ]
         raise UserError("\n".join([f"out={path} holds another run, started {started}:", *lines[:_SHOWN], *more, *remedy]))
+
+
+def _tell_edited(earlier: dict[str, Any], fingerprints: dict[str, str], say: Callable[[str], None]) -> None:
+    for name in _MAY_BE_MENDED & earlier["fingerprints"].keys() & fingerprints.keys():
+        before, now = earlier["fingerprints"][name], fingerprints[name]
+        if before != now:
+            say(
+                f"{name}: the file was edited since the run began ({before}, now {now}); from here on it is the new one that counts"
+            )
 
 
 def _tell_devices(earlier: dict[str, Any], config: dict[str, Any], devices: int | None, say: Callable[[str], None]) -> None:

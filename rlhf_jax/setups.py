@@ -145,7 +145,7 @@ class OnlineSetup:
                 cursor=count,
                 actor=programs.init_train_state(actor_tx, actor),
                 critic=None if critic is None else programs.init_train_state(critic_tx, critic),
-                ema=None if self.abstract.ema is None else actor,
+                ema=None if self.abstract.ema is None else jax.tree.map(lambda x: x.astype(jnp.float32), actor),
                 kl_coef=jnp.float32(kl_coef),
                 scores=Moments(count=zero, mean=zero, m2=zero),
                 best=jnp.float32(-jnp.inf),
@@ -156,13 +156,20 @@ class OnlineSetup:
         critic = None if self.critic is None else self.critic.params
         return parallel.compile_step(make, out=where)(self.actor.params, critic)
 
+    def average(self, state: RunState) -> Params | None:
+        """The actor's moving average in the type of its parameters, so that the programs that take these take it."""
+        if state.ema is None:
+            return None
+        like = self.abstract.actor.params
+        return jax.tree.map(lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), state.ema, like)
+
     def export(self, state: RunState) -> None:
         """Write the actor (its average too) and the critic as Hugging Face directories below `out`."""
         out = Path(self.settings.out)
         write = functools.partial(build.export, tokenizer=self.tokenizer)
         write(out / "final", self.actor, state.actor.params, head="lm")
         if state.ema is not None:
-            write(out / "final-ema", self.actor, state.ema, head="lm")
+            write(out / "final-ema", self.actor, self.average(state), head="lm")
         if state.critic is not None and self.critic is not None:
             write(out / "final-critic", self.critic, state.critic.params, head="value")
 

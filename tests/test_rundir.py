@@ -255,3 +255,14 @@ def test_sync_reaches_the_files_of_lines(tmp_path, monkeypatch):
 def test_an_override_names_a_key(tmp_path):
     message = refusal(lambda: open_run(tmp_path, text(), PRINTS, override=["ppo.kl_cof"]))
     assert message.startswith("--resume-override ppo.kl_cof: no such key (did you mean ppo.kl_coef?); give keys as")
+
+
+def test_an_edited_reward_file_is_told_not_refused(tmp_path):
+    """A run that a faulty one stopped is told to mend it and to give the same command again."""
+    told = []
+    open_run(tmp_path, text(), PRINTS | {"reward.functions": "file:one"}).close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for prints in ("file:one", "file:two", "file:two"):
+        open_run(tmp_path, text(), PRINTS | {"reward.functions": prints}, say=told.append).close()
+    assert len(told) == 1
+    assert "reward.functions: the file was edited since the run began (file:one, now file:two)" in told[0]

@@ -139,7 +139,7 @@ def test_a_run_fixes_ropes_that_depend_on_the_length(tmp_path):
 
 
 def test_a_reward_function_is_part_of_what_a_run_is(tmp_path):
-    """A continued run whose reward file was edited is refused: `rundir` compares these hashes."""
+    """A continued run whose reward file was edited says so: `rundir` compares these hashes."""
     file = tmp_path / "mine.py"
     prints = []
     for sign in ("", "-"):
