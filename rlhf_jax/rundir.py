@@ -280,9 +280,7 @@ def _tell_edited(earlier: dict[str, Any], fingerprints: dict[str, str], say: Cal
     for name in _MAY_BE_MENDED & earlier["fingerprints"].keys() & fingerprints.keys():
         before, now = earlier["fingerprints"][name], fingerprints[name]
         if before != now:
-            say(
-                f"{name}: the file was edited since the run began ({before}, now {now}); from here on it is the new one that counts"
-            )
+            say(f"{name}: the file was edited since the run began ({before}, now {now}); from here on the new one counts")
 
 
 def _tell_devices(earlier: dict[str, Any], config: dict[str, Any], devices: int | None, say: Callable[[str], None]) -> None:
