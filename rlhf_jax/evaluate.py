@@ -255,7 +255,8 @@ def figures(answers: Answers, scores: dict[str, Array], other: dict[str, Array],
     lengths = np.asarray([[len(ids) for ids in row] for row in answers.ids], np.float64)
     found = [Figure("reward", name, "reward units", mean(values)) for name, values in scores.items()]
     if answers.kl is not None:
-        found.append(Figure("kl", str(s.reference), "nats per answer", mean(answers.kl)))
+        kept = "both on the tokens that top-p kept" if s.top_p < 1 else ""
+        found.append(Figure("kl", str(s.reference), "nats per answer", mean(answers.kl), kept))
     for name, values in other.items():
         share = estimates.win_rate(scores[name], values, confidence=s.confidence)
         found.append(Figure("win_rate", name, "", share, f"against {s.against}"))

@@ -59,7 +59,7 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
         for text in plan.notes:
             session.recorder.note(text)
         setup = made[0]
-        state = setup.initial_state() if restored is None else restored.state
+        state = setup.begin(None if restored is None else restored.state)
         with health.phase("train", setup.components):  # evaluations, and what is only seen when results are read
             state = train(setup, state, session)
         with session.recorder.phase("export"), health.phase("export", setup.components):

@@ -73,7 +73,7 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
         for text in plan.notes:
             session.recorder.note(text)
         setup = made[0]
-        state = setup.initial_state() if restored is None else restored.state
+        state = setup.begin(None if restored is None else restored.state)
         with health.phase("update", setup.components):  # what is only seen when results are read
             state = train(setup, state, session)
         with session.recorder.phase("export"), health.phase("export", setup.components):

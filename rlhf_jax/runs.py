@@ -34,14 +34,14 @@ def _describe(run: Path) -> tuple[list[str], bool]:
     try:
         record = json.loads((run / _RECORD).read_text(encoding="utf-8"))
         starts, done = record["starts"], record["completed_step"]
-    except (ValueError, KeyError, TypeError):
+        began = f", begun {starts[0]['time']}, {len(starts)} start{'s' * (len(starts) != 1)}" if starts else ""
+    except (ValueError, LookupError, TypeError):
         return [f"{run}: {_RECORD} is damaged; put back a copy"], False
-    began = f", begun {starts[0]['time']}, {len(starts)} start{'s' * (len(starts) != 1)}" if starts else ""
     lines, good = [f"{run}: {'not finished' if done is None else f'finished at step {done}'}{began}"], True
     checkpoints = run / "checkpoints"
     latest = integrity.read_latest(checkpoints, lines.append) if checkpoints.is_dir() else None
     saved = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
-    for path in sorted((path for path in saved if path.name.isdigit()), key=lambda path: int(path.name)):
+    for path in sorted((path for path in saved if path.name.isdecimal()), key=lambda path: int(path.name)):
         wrong = integrity.problems(path, step=int(path.name))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         state = "damaged" if wrong else "good"

@@ -132,8 +132,15 @@ class OnlineSetup:
         found = {"actor and optimiser": self.abstract.actor, "reference": self.frozen.reference, "reward": self.frozen.reward}
         return found | {"critic and optimiser": self.abstract.critic, "base": self.frozen.actor}
 
+    def begin(self, restored: RunState | None) -> RunState:
+        """The state to train from, once: the weights that were loaded go into it, or away where an earlier state goes on."""
+        if restored is None:
+            return self.initial_state()
+        _let_go(self.actor.params, None if self.critic is None else self.critic.params)
+        return restored
+
     def initial_state(self) -> RunState:
-        """The state before the first step."""
+        """The state before the first step; takes the weights that were loaded over (donated: a second copy would stay)."""
         settings, (actor_tx, critic_tx) = self.settings, self.optimizers
         where = programs.shardings(self.abstract)
         kl_coef = getattr(settings, self.plan.stage).kl_coef
@@ -154,7 +161,7 @@ class OnlineSetup:
             )
 
         critic = None if self.critic is None else self.critic.params
-        return parallel.compile_step(make, out=where)(self.actor.params, critic)
+        return parallel.compile_step(make, out=where, donate=(0, 1))(self.actor.params, critic)
 
     def average(self, state: RunState) -> Params | None:
         """The actor's moving average in the type of its parameters, so that the programs that take these take it."""
@@ -172,6 +179,11 @@ class OnlineSetup:
             write(out / "final-ema", self.actor, self.average(state), head="lm")
         if state.critic is not None and self.critic is not None:
             write(out / "final-critic", self.critic, state.critic.params, head="value")
+
+
+def _let_go(*trees: Params) -> None:
+    for leaf in jax.tree.leaves(trees):
+        leaf.delete()
 
 
 def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
@@ -384,10 +396,17 @@ class OfflineSetup:
     def scalar(self, value: float) -> jax.Array:
         return parallel.place(np.float32(value), parallel.replicated(self.plan.mesh))
 
+    def begin(self, restored: OfflineState | None) -> OfflineState:
+        """As `OnlineSetup.begin`."""
+        if restored is None:
+            return self.initial_state()
+        _let_go(self.trained.params)
+        return restored
+
     def initial_state(self) -> OfflineState:
-        """The state before the first step."""
+        """The state before the first step; takes the weights that were loaded over."""
         make = functools.partial(programs.init_offline_state, self.optimizer)
-        return parallel.compile_step(make, out=programs.shardings(self.abstract))(self.trained.params)
+        return parallel.compile_step(make, out=programs.shardings(self.abstract), donate=(0,))(self.trained.params)
 
 
 def plan_offline(stage: str, settings: Any) -> OfflinePlan:

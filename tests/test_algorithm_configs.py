@@ -214,7 +214,7 @@ def test_pairs_whose_two_answers_are_equal(name, refused, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "the hotel :", "chosen": "it was nice .", "rejected": "it was nice ."}\n' * 80)
     text = refused(f"{name}_reviews", "data.task=null", f"data.path={path}")
-    assert "0 rows left for preferences: 80 rows, dropped: chosen equals rejected 80, 0 kept" in text
+    assert "0 rows left for preferences: 80 rows, 80 dropped: chosen equals rejected, 0 kept" in text
     assert "data.columns: a pair needs two different answers" in text
 
 

@@ -171,7 +171,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
         (["ppo"], "Missing argument 'CONFIG'"),
         (["config", "pp"], "the stage 'pp' is not one of sft, reward, ppo"),
         (["config", "ppo", "zebra"], "no key of ppo has to do with 'zebra'"),
-        (["config"], "the stage '' is not one of"),
+        (["config"], "name a stage, such as `rlhf-jax config ppo`: sft, reward"),
         (["generate", "model"], "Missing option '--prompts'"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -76,14 +77,17 @@ def test_a_packed_step_has_the_loss_gradient_and_result_of_the_plain_one(start: 
     for packing in (True, False):
         setup = setups.set_up_offline(setups.plan_offline("sft", the_run(start, family, tmp_path, packing=packing)))
         batch = setup.plan.data.batch(0)
-        before = jax.device_get(setup.trained.params)
-        state, told = setup.update(setup.initial_state(), setup.place(batch), setup.frozen)
+        first = setup.initial_state()
+        before = jax.device_get(first.trained.params)
+        state, told = setup.update(jax.tree.map(jnp.copy, first), setup.place(batch), setup.frozen)
         moments = optax.tree_utils.tree_get(state.trained.opt_state, "mu")
         found[packing] = (batch, float(told["sft/loss_nats"]), *jax.device_get((moments, state.trained.params)))
         if packing:
             whole, on = np.asarray(batch.mask, np.int32), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), batch.tokens.shape)
             for name, each in {"segments": batch.replace(segments=whole), "positions": batch.replace(positions=on)}.items():
-                harmed[name] = float(setup.update(setup.initial_state(), setup.place(each), setup.frozen)[1]["sft/loss_nats"])
+                harmed[name] = float(
+                    setup.update(jax.tree.map(jnp.copy, first), setup.place(each), setup.frozen)[1]["sft/loss_nats"]
+                )
     (packed, loss, moments, final), (plain, their_loss, their_moments, their_final) = found[True], found[False]
     assert packed.tokens.shape == (ROWS, LENGTH)
     assert packed.segments.max() > 1

@@ -171,3 +171,22 @@ def test_keys_that_a_stage_does_not_read_are_refused():
     }
     assert all("data.length_buckets" in keys for keys in found.values())
     assert {stage for stage, keys in found.items() if "data.packing" in keys} == {"reward", "dpo", "kto"}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_no_second_copy_of_the_weights_stays(tmp_path, adapted):
+    """What was loaded is in the state, or gone where an earlier state goes on: `fit` counts one copy."""
+    lora_group = ADAPTER if adapted else None
+    run = ppo_run(tmp_path, model=config.Model(path=str(directories.language_model()), lora=lora_group))
+    run = dataclasses.replace(run, ppo=config.PPO(ema_decay=0.9))
+    offline_run = config.SFTRun(out=str(tmp_path), steps=1, batch_size=4, data=DATA, model=run.model, optimizer=STILL)
+    plans = (setups.plan_online("ppo", run), setups.plan_offline("sft", offline_run))
+    for plan, set_up in zip(plans, (setups.set_up_online, setups.set_up_offline), strict=True):
+        state = None
+        for _ in range(2):  # from the start, then going on from that state
+            setup = set_up(plan)
+            state = setup.begin(state)
+            held = (setup.actor, setup.critic) if isinstance(setup, setups.OnlineSetup) else (setup.trained,)
+            assert all(leaf.is_deleted() for each in held for leaf in jax.tree.leaves(each.params))
+            frozen = jax.tree.leaves((setup.frozen, state))
+            assert not any(leaf.is_deleted() for leaf in frozen)

@@ -62,7 +62,8 @@ def _rendered(template: str, messages: list[Message], add_generation_prompt: boo
     tokens = {key: value for key, value in names.items() if value is not None}
     clean = [{**message, "content": message["content"].replace(_OPEN, "").replace(_CLOSE, "")} for message in messages]
     try:
-        return _compiled(template).render(messages=clean, add_generation_prompt=add_generation_prompt, **tokens)
+        given = {"messages": clean, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return _compiled(template).render(**given, **tokens)  # all that transformers gives: templates ask for None
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         roles = [message["role"] for message in messages]
         raise UserError(

@@ -126,8 +126,11 @@ def _own_template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _generation_eos(directory: Path) -> list[int]:
-    found = _json(directory / "generation_config.json").get("eos_token_id")
-    return [] if found is None else found if isinstance(found, list) else [found]
+    """The tokens that end an answer, as transformers finds them: in generation_config.json, else in config.json."""
+    config = _json(directory / "config.json")
+    places = (_json(directory / "generation_config.json"), config, config.get("text_config") or {})
+    found = next((each["eos_token_id"] for each in places if each.get("eos_token_id") is not None), [])
+    return found if isinstance(found, list) else [found]
 
 
 def _name(token: Any) -> str | None:

@@ -31,6 +31,10 @@ def make_rope(parameters: dict[str, Any], dims: int, *, theta: float, max_length
     original = parameters.get("original_max_position_embeddings") or max_length
     if kind in ("linear", "dynamic", "llama3") and "factor" not in parameters:
         raise UserError(f"config.json: rope of type {kind!r} has no factor; add it to rope_parameters (rope_scaling)")
+    if kind in ("dynamic", "longrope", "su") and not max_length:
+        raise UserError(
+            f"config.json: rope of type {kind!r} depends on the length, and there is no max_position_embeddings; add it"
+        )
     match kind:
         case "default":
             return Rope(inv_freq=_tuple(inv_freq))

@@ -96,6 +96,11 @@ class Spec:
                 "use the model's own tokenizer, or one with fewer tokens"
             )
 
+        if self.tied and self.head_bias:
+            raise UserError(
+                "tie_word_embeddings is true and the output layer has a bias, which a tied one has not here; untie them"
+            )
+
     @property
     def head_width(self) -> int:
         """Width of what `hidden` returns."""

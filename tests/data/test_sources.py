@@ -94,7 +94,7 @@ def test_bad_lines_are_named_by_path_line_and_column(tmp_path: Path, line: bytes
         ("empty.json", b"[]", ("empty array",)),
         ("bad.json", b'[\n{"a": 1},\n{"a": }\n]', (":3:7: not JSON",)),
         ("bad_utf8.json", b'["\xff"]', ("invalid UTF-8 at byte 3",)),
-        ("a.csv", b"a,b\n", ("none of .jsonl, .json, .parquet",)),
+        ("a.csv", b"a,b\n", ("none of .jsonl, .ndjson, .json, .parquet",)),
         ("a.jsonl.gz", b"not gzip", ("damaged or not gz",)),
         ("cut.jsonl.gz", gzip.compress(_jsonl(ROWS) * 100, mtime=0)[:-20], ("damaged or not gz",)),
         ("a.jsonl.xz", b"not xz", ("damaged or not xz",)),

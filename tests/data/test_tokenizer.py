@@ -110,6 +110,23 @@ def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path):
         tokenizer.apply_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2)
 
 
+def test_templates_see_tools_and_documents_as_transformers_gives_them():
+    template = "{% if tools is defined and tools is none and documents is none %}none{% else %}{{ tools | tojson }}{% endif %}"
+    tokenizer = load_tokenizer(HERE / "qwen2", chat_template=template)
+    assert tokenizer.render_chat([{"role": "user", "content": "a"}], add_generation_prompt=True) == "none"
+
+
+def test_tokens_that_end_an_answer_may_stand_in_the_configuration(tmp_path: Path):
+    """Where there is no generation_config.json, transformers takes config.json's, which may be nested."""
+    directory = _copy("llama3", tmp_path / "a")
+    (directory / "generation_config.json").unlink()
+    for content in ({"eos_token_id": [2, 7]}, {"text_config": {"eos_token_id": [2, 7]}}):
+        (directory / "config.json").write_text(json.dumps({"model_type": "llama"} | content))
+        assert load_tokenizer(directory).eos_ids == (2, 7)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert load_tokenizer(directory).eos_ids == (2,)
+
+
 def test_templates_that_raise_or_do_not_compile(tmp_path: Path):
     messages = [{"role": "system", "content": "a"}]
     (tmp_path / "t.jinja").write_text("{{ raise_exception('System role not supported') }}")
@@ -151,6 +168,7 @@ def test_no_pad_no_eos_and_unknown_tokens(tmp_path: Path):
     assert any(line.startswith("no eos_token") for line in no_eos.policies)
     directory = _copy("llama3", tmp_path / "c", eos_token=None)
     (directory / "generation_config.json").unlink()
+    (directory / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_tokenizer(directory)
     assert any("pad_token is end-of-sequence" in line for line in load_tokenizer(HERE / "gpt2").policies)

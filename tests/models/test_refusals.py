@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import hf, load_checkpoint
+from rlhf_jax.models import hf, load_checkpoint, spec_of
 
 
 def refused(directory: Path, **options) -> str:
@@ -80,6 +80,19 @@ def test_architectures_that_are_not_supported(tmp_path):
     assert "JSON" in refused(tmp_path / "f")
     assert "no such directory" in refused(tmp_path / "nowhere")
     assert "60 rows" not in refused(ref.checkpoint(tmp_path, "llama"), real_vocab=1000)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "depends on the length"),
+        ({"model_type": "phi", "tie_word_embeddings": True, "max_position_embeddings": 64}, "the output layer has a bias"),
+    ],
+)
+def test_configurations_whose_numbers_would_be_others(config, message):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(UserError, match=message):
+        spec_of(sizes | {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5, "rope_theta": 1e4} | config)
 
 
 def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
