@@ -110,6 +110,7 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
   case $status in
     0 | 2) exit "$status" ;;
     75 | 143 | 255) ;; # stalled; asked to stop, as before a preemption; connection lost
+    134 | 137 | 139) ;; # another process died, at which JAX aborts this one; killed, as when memory runs out
     *) [ "$(state)" != READY ] || exit "$status" ;;
   esac
   echo "ended with status $status; starting again ($((attempt + 1)) of $restarts)" >&2

@@ -236,8 +236,11 @@ def test_runs_lists_and_verifies(run, tmp_path):
     assert status == 1
     assert "step 20: damaged" in out
     assert "checkpoints/20/state is damaged" in out
-    (tmp_path / "one/run.json").write_text("{")
-    assert run("runs", tmp_path / "one") == (1, f"{tmp_path}/one: run.json is damaged; put back a copy\n", "")
+    (tmp_path / "two/checkpoints/²").mkdir()
+    assert run("runs", tmp_path / "two")[0] == 1
+    for damaged in ("{", '{"starts": [5], "completed_step": 7}'):
+        (tmp_path / "one/run.json").write_text(damaged)
+        assert run("runs", tmp_path / "one") == (1, f"{tmp_path}/one: run.json is damaged; put back a copy\n", "")
     status, _, err = run("runs", tmp_path / "three")
     assert status == 2
     assert "no run there" in err

@@ -108,7 +108,7 @@ def test_asked_to_stop_it_starts_again_and_preempted_it_makes_the_slice_anew(lau
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
 
 
-@pytest.mark.parametrize(("status", "restarts"), [(2, 0), (1, 0), (75, 1), (143, 1)])
+@pytest.mark.parametrize(("status", "restarts"), [(2, 0), (1, 0), (75, 1), (137, 1), (143, 1)])
 def test_a_mistake_ends_and_what_may_pass_is_tried_again(launched, status, restarts):
     ended, calls = launched([status, status, 0], ["READY"] * 4, "--restarts", "1")
     assert ended == status
