@@ -3,7 +3,8 @@
 import http.client
 import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ def start(*, on_tpu: bool = False) -> None:
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe any set of machines. On a
     slice of Cloud TPU nothing needs to be set: JAX finds the other workers itself, and other slices by MEGASCALE_* variables.
     `on_tpu`: this machine has TPU chips.
-    Errors: `UserError` for a description that is not whole.
+    Errors: `UserError` for a description that is not whole, and for processes with different numbers of devices.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
@@ -32,6 +33,14 @@ def start(*, on_tpu: bool = False) -> None:
         jax.distributed.initialize(address, count, number)
     elif _several_tpu_workers(on_tpu):
         jax.distributed.initialize()
+    _check_even(Counter(device.process_index for device in jax.devices()) if jax.distributed.is_initialized() else {})
+
+
+def _check_even(counts: Mapping[int, int]) -> None:
+    """Refuse processes that hold different numbers of devices: every process -> its number."""
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items())[:8])
+        raise UserError(f"the processes of a run must hold equally many devices; {told}: give each the same number")
 
 
 def _number(name: str) -> int:

@@ -97,3 +97,9 @@ def test_one_process_answers_at_once():
     assert processes.shared(lambda: {"values": [0.1]}) == {"values": [0.1]}
     assert processes.any_process(True)
     assert processes.text_from_writer("x") == "x"
+
+
+def test_processes_hold_equally_many_devices():
+    processes._check_even({0: 4, 1: 4})
+    with pytest.raises(UserError, match="process 0 has 1, process 1 has 3: give each the same number"):
+        processes._check_even({1: 3, 0: 1})
