@@ -91,8 +91,8 @@ def test_advice_names_three_keys_from_what_to_what() -> None:
     first, second, third = advised([update], "ppo", run)
     assert (first.key, first.old, first.new, first.alone) == ("ppo.micro_batches", 1, 4, True)
     assert "then about 12.2 of 16.00 GiB, in learn" in first.why
-    assert (second.key, second.old, second.new, second.alone) == ("ppo.minibatches", 1, 2, True)
-    assert (third.key, third.old, third.new, third.alone) == ("batch_size", 64, 32, True)
+    assert (second.key, second.old, second.new, second.alone) == ("ppo.minibatches", 1, 4, True)
+    assert (third.key, third.old, third.new, third.alone) == ("batch_size", 64, 16, True)
 
 
 def test_the_copy_for_decoding_is_as_large_however_many_devices_fsdp_has() -> None:
