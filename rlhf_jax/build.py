@@ -128,15 +128,18 @@ def check_others(run: config.Run, tokenizer: Tokenizer) -> None:
     for key, path in others.items():
         if path is None or lora.is_adapter(path):
             continue
-        if key == "reward.model" and not models.has_scalar_head(path):
-            raise UserError(
-                f"reward.model={path}: is a language model, which gives no scores; name a reward model "
-                "(`rlhf-jax reward` trains one)"
-            )
+        if key == "reward.model":
+            check_scores(path, f"{key}={path}")
         if key == "reference":
             found, ours = (read_spec(run.model, each, tokenizer.vocab_size) for each in (path, run.model.path))
             _check_same_architecture(found, ours, path)
         _check_same_tokens(key, models.find(path), tokenizer)
+
+
+def check_scores(path: str | Path, name: str) -> None:
+    """Raise UserError for a language model where a reward model is wanted; `name` is what the message calls it."""
+    if not models.has_scalar_head(path):
+        raise UserError(f"{name}: is a language model, which gives no scores; name a reward model (`rlhf-jax reward` trains one)")
 
 
 def _check_same_architecture(found: models.Spec, wanted: models.Spec, path: str) -> None:

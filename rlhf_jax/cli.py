@@ -15,7 +15,7 @@ from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 EXAMPLES = """\b
 Start here:
   rlhf-jax quickstart                             three stages, then a report
-  rlhf-jax ppo configs/ppo_addition.yaml steps=9  a run of your own
+  rlhf-jax sft configs/sft_addition.yaml steps=9  a run of your own
   rlhf-jax config ppo kl                          the keys that concern KL
 """
 

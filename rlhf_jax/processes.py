@@ -33,7 +33,8 @@ def start(*, on_tpu: bool = False) -> None:
         jax.distributed.initialize(address, count, number)
     elif _several_tpu_workers(on_tpu):
         jax.distributed.initialize()
-    _check_even(Counter(device.process_index for device in jax.devices()) if jax.distributed.is_initialized() else {})
+    if jax.distributed.is_initialized():
+        _check_even(Counter(device.process_index for device in jax.devices()))
 
 
 def _check_even(counts: Mapping[int, int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import build, config, models, parallel, scoring
+from rlhf_jax import build, config, parallel, scoring
 from rlhf_jax.algorithms.reward_model import last_score
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.encode import sequence
@@ -66,8 +66,7 @@ def open_scorer(
     where = parallel.make_mesh(mesh or config.Mesh(), devices)
     tokenizer = load_tokenizer(path)
     settings = config.Model(path=str(path), compute_dtype=dtype)
-    if not models.has_scalar_head(path):
-        raise UserError(f"{path} is a language model, which gives no scores; name a reward model (`rlhf-jax reward` trains one)")
+    build.check_scores(path, str(path))
     loaded = build.load(settings, where, head="score", key=None, real_vocab=tokenizer.vocab_size, path=str(path), trained=False)
     apply, calibration = scoring.make_score_apply(loaded.model), loaded.calibration
 

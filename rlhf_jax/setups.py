@@ -36,7 +36,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora
 from rlhf_jax.rewards import REWARDS, HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
-from rlhf_jax.setups_abstract import HEADS, abstract_programs, online_optimizers
+from rlhf_jax.setups_abstract import HEADS, abstract_programs, online_optimizers, reference_of
 from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RewardInput, RunState, Sequences, join
 
 PROBED = 64  # rows that the rewards of this package read before a run starts
@@ -282,11 +282,10 @@ def _try_rewards(reward: config.Reward, tokenizer: Tokenizer, data: PromptData) 
 
 
 def _reference(settings: Any, trained: Loaded, load: Callable[..., Loaded]) -> Loaded | None:
-    """What the trained model is held against: where it began; None: the base under a new adapter, which needs no copy."""
-    if settings.reference is None and settings.model.lora is not None:
-        return None if settings.model.lora.path is None else build.begun_with(trained)
-    path = settings.reference or settings.model.path
-    return load(head="lm", key=build.root_key(settings, "model"), path=path, trained=False)
+    def whole(path: str | None) -> Loaded:
+        return load(head="lm", key=build.root_key(settings, "model"), path=path, trained=False)
+
+    return reference_of(settings, lambda: build.begun_with(trained), whole)
 
 
 def offload_notes(settings: config.Run, mesh: Mesh) -> list[str]:

@@ -1,7 +1,8 @@
 """What a run compiles and keeps in memory, as shapes: no weight and no data is read."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -27,6 +28,9 @@ def online_optimizers(
         training.make_optimizer(settings.actor_optimizer, max(settings.steps - warmup, 1) * per_iteration),
         training.make_optimizer(critic, settings.steps * per_iteration),
     )
+
+
+T = TypeVar("T")
 
 
 def abstract_spec(run: config.Run, path: str | None) -> models.Spec:
@@ -62,10 +66,11 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
         critic = part(given or path, "value", trained=True)
         if given in (None, path):  # one base under both adapters, as `set_up_online` shares it
             critic = critic._replace(frozen=actor.frozen)
+    whole = functools.partial(part, head="lm", trained=False)
     parts = programs.Parts(
         actor=actor,
         critic=critic,
-        reference=_reference(settings, actor, part) if "reference" in algorithm.needs else None,
+        reference=reference_of(settings, lambda: actor, whole) if "reference" in algorithm.needs else None,
         reward=reward,
     )
     optimizers = online_optimizers(stage, settings)
@@ -94,11 +99,14 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}
 
 
-def _reference(settings: Any, trained: programs.Part, part: Callable[..., programs.Part]) -> programs.Part | None:
-    """As `set_up_online` and `set_up_offline` hold it."""
+def reference_of(settings: Any, begun: Callable[[], T], whole: Callable[[str | None], T]) -> T | None:
+    """What the trained model is held against: where it began; None: the base under a new adapter, which needs no copy.
+
+    `begun()` is the adapter that training begins with, `whole(path)` a model, None the random one that the run begins with.
+    """
     if settings.reference is None and settings.model.lora is not None:
-        return None if settings.model.lora.path is None else trained
-    return part(settings.reference or settings.model.path, "lm", trained=False)
+        return None if settings.model.lora.path is None else begun()
+    return whole(settings.reference or settings.model.path)
 
 
 def _abstract_offline(
@@ -107,7 +115,8 @@ def _abstract_offline(
     tx = training.make_optimizer(settings.optimizer, settings.steps)
     aside = settings.model.offload if parallel.can_park(mesh) else ()
     trained = part(settings.model.path, HEADS.get(stage, "lm"), trained=True)
-    reference = _reference(settings, trained, part) if hasattr(settings, "reference") else None
+    whole = functools.partial(part, head="lm", trained=False)
+    reference = reference_of(settings, lambda: trained, whole) if hasattr(settings, "reference") else None
     state = programs.park_state(programs.abstract_offline_state(mesh, tx, trained.trained), aside)
     frozen = Frozen(actor=trained.frozen, reference=None if reference is None else reference.trained)
     frozen = programs.park_frozen(frozen, aside)

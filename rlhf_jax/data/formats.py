@@ -75,7 +75,7 @@ def rename(row: dict[str, Any], columns: dict[str, str], where: str = "row") -> 
     missing = {ours: theirs for ours, theirs in columns.items() if theirs not in row}
     if missing:
         ours, theirs = next(iter(missing.items()))
-        near = difflib.get_close_matches(ours, [name for name in _OURS if name != ours], 1) if ours not in _OURS else []
+        near = [] if ours in _OURS else difflib.get_close_matches(ours, _OURS, 1)
         hint = f" (and {ours} is a name that only rewards read; did you mean {near[0]}?)" if near else ""
         raise BadRow(
             f"{where}: data.columns.{ours}: {theirs} names a column that is not there; found {_names(row)}. "
