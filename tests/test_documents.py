@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -228,6 +229,8 @@ def workplace(tmp_path, monkeypatch):
     rows = [{"chosen": f"{human.format(n)} yes , {n}", "rejected": f"{human.format(n)} no"} for n in range(40)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompts.txt").write_text("say one\n")
+    (written,) = re.findall(r"^printf .* > prompts\.jsonl$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    subprocess.run(["bash", "-c", written], check=True, timeout=10)
     for name in ("quickstart", "seed0", "seed1"):
         synthetic_runs.ppo(tmp_path / "runs" / name, steps=4)
     return tmp_path
