@@ -62,7 +62,7 @@ def make_continuous_sampler(
     Raises UserError where these numbers, the sampling keys or the tokens make no sense.
     """
     plain.check(model, sampling, stop_ids, pad_id)
-    refill = refill or samples * max(1, rows // 4 // samples)
+    refill = refill or usual_refill(rows, samples)
     if not 0 < refill <= rows or refill % samples:
         raise UserError(f"refill is {refill}; it must be a multiple of samples ({samples}) between 1 and rows ({rows})")
 
@@ -83,6 +83,21 @@ def make_continuous_sampler(
         return rollout
 
     return sample
+
+
+def usual_refill(rows: int, samples: int = 1) -> int:
+    """Rows that are prefilled together: a quarter, in whole groups."""
+    return samples * max(1, rows // 4 // samples)
+
+
+def longest_case(sequences: int, rows: int, refill: int) -> tuple[int, int]:
+    """(prefills, times that the rows are decoded to the end), where no answer ends early."""
+    prefills, waves = 0, 0
+    while sequences > 0:
+        free, waves = rows, waves + 1
+        while sequences > 0 and free >= min(refill, sequences):
+            free, sequences, prefills = free - refill, sequences - refill, prefills + 1
+    return prefills, waves
 
 
 def generate(

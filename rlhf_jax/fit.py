@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax import fit_advice, hlo, parallel, programs, setups_abstract, topologies
+from rlhf_jax import continuous, fit_advice, hlo, parallel, programs, setups_abstract, topologies
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit_advice import Advice
 from rlhf_jax.fit_flops import count_flops
@@ -131,8 +131,11 @@ SAMPLERS = ("rollout", "answer", "greedy")
 class Turns(NamedTuple):
     """How often loops run, when every answer is as long as it may be."""
 
-    loops: Mapping[str, int] = MappingProxyType({})  # by program, those that data end: steps of a rollout, packed parts
+    loops: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # by program, those that data end, outer ones first
     updates: int = 1  # optimiser steps of an update
+
+    def of(self, program: str) -> tuple[float, ...]:
+        return self.loops.get(program, ())
 
 
 def turns_of(stage: str, run: Any, ways: int) -> Turns:
@@ -140,7 +143,8 @@ def turns_of(stage: str, run: Any, ways: int) -> Turns:
     if not hasattr(run, "sampling"):
         return Turns()
     settings, length = getattr(run, stage), run.data.max_prompt_tokens + run.sampling.max_new_tokens
-    loops: dict[str, int] = dict.fromkeys(SAMPLERS, max(run.sampling.max_new_tokens - 1, 1))
+    group = getattr(settings, "group_size", 1)
+    loops = {name: _decoding(run, ways, 1 if name == "answer" else group) for name in SAMPLERS}
     if run.data.packing:
         rows, width = programs.packed_shape(stage, run, length, ways)
         for name, batch in (
@@ -148,8 +152,18 @@ def turns_of(stage: str, run: Any, ways: int) -> Turns:
             ("reward", run.batch_size),
             ("learn", run.batch_size // settings.minibatches),
         ):
-            loops[name] = -(-batch // (width // length * rows))
+            loops[name] = (-(-batch // (width // length * rows)),)
     return Turns(loops, settings.epochs * settings.minibatches)
+
+
+def _decoding(run: Any, ways: int, samples: int) -> tuple[float, ...]:
+    """Decoding steps; with `sampling.rows` prefills, and decoding steps for each."""
+    steps = max(run.sampling.max_new_tokens - 1, 1)
+    if run.sampling.rows is None:
+        return (steps,)
+    rows = run.sampling.rows // ways
+    prefills, waves = continuous.longest_case(run.batch_size // ways, rows, continuous.usual_refill(rows, samples))
+    return (prefills, waves * steps / prefills)
 
 
 def measure(name: str, step: programs.Program, topology: topologies.Topology, resident: dict[str, Any], turns: Turns) -> Row:
@@ -176,7 +190,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
         needed = _needed_gib(message, chip.hbm_gib)
-        cost = Cost("", count_flops(traced.jaxpr, turns.loops.get(name, 1)) / topology.devices, 0.0, {}, math.nan, "memory", 0)
+        cost = Cost("", count_flops(traced.jaxpr, turns.of(name)) / topology.devices, 0.0, {}, math.nan, "memory", 0)
         return row(max(needed - arguments, 0.0), needed + others, cost, error=message.splitlines()[0][:200])
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
@@ -194,21 +208,24 @@ _ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy",)}
 def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turns: Turns) -> tuple[Cost, tuple[Cost, ...]]:
     """Of the program, and of its parts."""
 
-    def cost(label: str, trips: int, scope: str = "", less: int | None = None, times: int = 1) -> Cost:
-        def both(trips: int) -> tuple[float, hlo.Report]:
-            return count_flops(jaxpr, trips, scope=scope), hlo.report(text, trips, scope=scope)
+    def cost(
+        label: str, loops: tuple[float, ...], scope: str = "", less: tuple[float, ...] | None = None, times: int = 1
+    ) -> Cost:
+        def both(loops: tuple[float, ...]) -> tuple[float, hlo.Report]:
+            return count_flops(jaxpr, loops, scope=scope), hlo.report(text, loops, scope=scope)
 
-        flops, found = both(trips)
+        flops, found = both(loops)
         before, base = (0.0, None) if less is None else both(less)
         return estimate(label, (flops - before) / topology.devices / times, _scaled(found, base, times), topology.chip)
 
-    trips = turns.loops.get(name, 1)
-    whole = cost("", trips)
+    loops = turns.of(name)
+    whole = cost("", loops)
     if name in SAMPLERS:
-        return whole, (cost("prefill", 0), cost("decode step", 1, less=0))
+        once = (1.0,) * (len(loops) - 1)
+        return whole, (cost("prefill", (*once, 0.0)), cost("decode step", (*once, 1.0), less=(*once, 0.0)))
     times = turns.updates if name == "learn" else 1
     label = "{}, one step" if name == "learn" else "{}"
-    parts = (cost(label.format(scope), trips, scope, times=times) for scope in SCOPES.get(name, ()))
+    parts = (cost(label.format(scope), loops, scope, times=times) for scope in SCOPES.get(name, ()))
     return whole, tuple(part for part in parts if part.flops)
 
 

@@ -103,6 +103,13 @@ def test_every_shard_of_the_batch_answers_its_own_prompts(shape: tuple[int, int,
         assert not hlo.report(step.lower(*args).compile().as_text()).collectives
 
 
+@pytest.mark.parametrize(("rows", "refill"), [(6, 2), (5, 2), (20, 3), (4, 4)])
+def test_the_longest_case_is_that_of_answers_none_of_which_ends_early(rows: int, refill: int):
+    prompts = testing.random_prompts(0, 13, 4, V)
+    *_, steps, prefills = both(MODEL, PARAMS, prompts, rows=rows, refill=refill, min_new_tokens=9)
+    assert (prefills, steps) == (lambda found: (found[0], 8 * found[1]))(continuous.longest_case(13, rows, refill))
+
+
 def test_one_token_each():
     one, other, steps, _ = both(MODEL, PARAMS, testing.random_prompts(2, 5, 3, V), rows=2, refill=1, max_new_tokens=1)
     assert_same(one, other)

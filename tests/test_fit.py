@@ -211,9 +211,27 @@ def test_packed_parts_are_counted_as_when_every_sequence_is_as_long_as_may_be(na
         )
         step = setups_abstract.abstract_programs("ppo", run, parallel.make_mesh(config.Mesh(), jax.devices()[:1]))[0][name]
         turns = fit.turns_of("ppo", run, 1)
-        flops[packing] = count_flops(step.compile().trace(*step.args).jaxpr, turns.loops.get(name, 1))
+        flops[packing] = count_flops(step.compile().trace(*step.args).jaxpr, turns.of(name))
     # 3 rows of 40 a part hold 6 sequences: 3 parts of a minibatch, 6 of the batch. And the head sees prompts, too.
     assert 1.0 < flops[True] / flops[False] < 2.2
+
+
+def test_rows_that_are_refilled_cost_what_the_whole_batch_costs() -> None:
+    """Where no answer ends early: 32 prompts in rows of 8 are prefilled two by two and decoded four times to the end."""
+    costs = {}
+    for rows in (None, 8):
+        run = config.PPORun(
+            model=config.Model(scratch=config.Scratch(width=32, layers=2, heads=4, kv_heads=4, mlp_width=64, vocabulary=64)),
+            batch_size=32,
+            data=config.Data(task="reviews", max_prompt_tokens=8),
+            sampling=config.Sampling(max_new_tokens=8, rows=rows),
+        )
+        (row,) = fit.fit("ppo", run, topologies.parse("cpu-1"), only=("rollout",)).rows
+        costs[rows] = row.cost.flops, *(part.flops for part in row.parts)
+    whole, prefill, step = costs[8]
+    assert whole == 16 * prefill + 28 * step
+    assert whole == costs[None][0]
+    assert step == costs[None][2] / 4
 
 
 def test_between_slices_the_network_is_what_bounds() -> None:
