@@ -172,7 +172,7 @@ def generate(
         answers, now = emit(work.answers, now, hidden)
         return work._replace(rows=now, cache=cache, answers=answers, cursor=work.cursor + 1, steps=work.steps + 1)
 
-    def refill_then_decode(work: Work) -> Work:
+    def refill_then_decode(_: Any, work: Work) -> Work:
         return lax.while_loop(lambda work: work.rows.active.any() & ~enough_free(work), decode, take_prompts(work))
 
     collect = plain.collects(sampling, collect_kept)
@@ -185,7 +185,7 @@ def generate(
         steps=jnp.int32(0),
         refills=jnp.int32(0),
     )
-    work = lax.while_loop(lambda work: work.waiting < total, refill_then_decode, work)
+    work = lax.fori_loop(0, -(-total // refill), refill_then_decode, work)
     return plain.as_rollout(sequences, work.answers), work.steps, work.refills
 
 

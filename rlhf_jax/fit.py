@@ -131,11 +131,9 @@ SAMPLERS = ("rollout", "answer", "greedy")
 class Turns(NamedTuple):
     """How often loops run, when every answer is as long as it may be."""
 
-    loops: Mapping[str, tuple[float, ...]] = MappingProxyType({})  # by program, those that data end, outer ones first
+    loops: Mapping[str, float] = MappingProxyType({})  # by program, those that data end: steps of a rollout, packed parts
+    prefills: Mapping[str, int] = MappingProxyType({})  # by program: after each of them the loop of a rollout runs
     updates: int = 1  # optimiser steps of an update
-
-    def of(self, program: str) -> tuple[float, ...]:
-        return self.loops.get(program, ())
 
 
 def turns_of(stage: str, run: Any, ways: int) -> Turns:
@@ -144,7 +142,8 @@ def turns_of(stage: str, run: Any, ways: int) -> Turns:
         return Turns()
     settings, length = getattr(run, stage), run.data.max_prompt_tokens + run.sampling.max_new_tokens
     group = getattr(settings, "group_size", 1)
-    loops = {name: _decoding(run, ways, 1 if name == "answer" else group) for name in SAMPLERS}
+    decoding = {name: _decoding(run, ways, 1 if name == "answer" else group) for name in SAMPLERS}
+    loops: dict[str, float] = {name: steps for name, (_, steps) in decoding.items()}
     if run.data.packing:
         rows, width = programs.packed_shape(stage, run, length, ways)
         for name, batch in (
@@ -152,18 +151,18 @@ def turns_of(stage: str, run: Any, ways: int) -> Turns:
             ("reward", run.batch_size),
             ("learn", run.batch_size // settings.minibatches),
         ):
-            loops[name] = (-(-batch // (width // length * rows)),)
-    return Turns(loops, settings.epochs * settings.minibatches)
+            loops[name] = -(-batch // (width // length * rows))
+    return Turns(loops, {name: prefills for name, (prefills, _) in decoding.items()}, settings.epochs * settings.minibatches)
 
 
-def _decoding(run: Any, ways: int, samples: int) -> tuple[float, ...]:
-    """Decoding steps; with `sampling.rows` prefills, and decoding steps for each."""
+def _decoding(run: Any, ways: int, samples: int) -> tuple[int, float]:
+    """Prefills of a rollout, and decoding steps after each."""
     steps = max(run.sampling.max_new_tokens - 1, 1)
     if run.sampling.rows is None:
-        return (steps,)
+        return 1, steps
     rows = run.sampling.rows // ways
     prefills, waves = continuous.longest_case(run.batch_size // ways, rows, continuous.usual_refill(rows, samples))
-    return (prefills, waves * steps / prefills)
+    return prefills, waves * steps / prefills
 
 
 def measure(name: str, step: programs.Program, topology: topologies.Topology, resident: dict[str, Any], turns: Turns) -> Row:
@@ -190,7 +189,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
         needed = _needed_gib(message, chip.hbm_gib)
-        cost = Cost("", count_flops(traced.jaxpr, turns.of(name)) / topology.devices, 0.0, {}, math.nan, "memory", 0)
+        cost = Cost("", count_flops(traced.jaxpr, turns.loops.get(name, 1)) / topology.devices, 0.0, {}, math.nan, "memory", 0)
         return row(max(needed - arguments, 0.0), needed + others, cost, error=message.splitlines()[0][:200])
     memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
@@ -208,24 +207,21 @@ _ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy",)}
 def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turns: Turns) -> tuple[Cost, tuple[Cost, ...]]:
     """Of the program, and of its parts."""
 
-    def cost(
-        label: str, loops: tuple[float, ...], scope: str = "", less: tuple[float, ...] | None = None, times: int = 1
-    ) -> Cost:
-        def both(loops: tuple[float, ...]) -> tuple[float, hlo.Report]:
-            return count_flops(jaxpr, loops, scope=scope), hlo.report(text, loops, scope=scope)
+    def cost(label: str, trips: float, scope: str = "", less: float | None = None, times: int = 1) -> Cost:
+        def both(trips: float) -> tuple[float, hlo.Report]:
+            return count_flops(jaxpr, trips, scope=scope), hlo.report(text, trips, scope=scope)
 
-        flops, found = both(loops)
+        flops, found = both(trips)
         before, base = (0.0, None) if less is None else both(less)
         return estimate(label, (flops - before) / topology.devices / times, _scaled(found, base, times), topology.chip)
 
-    loops = turns.of(name)
-    whole = cost("", loops)
+    trips = turns.loops.get(name, 1)
+    whole = cost("", trips)
     if name in SAMPLERS:
-        once = (1.0,) * (len(loops) - 1)
-        return whole, (cost("prefill", (*once, 0.0)), cost("decode step", (*once, 1.0), less=(*once, 0.0)))
+        return whole, (cost("prefill", 0), cost("decode step", 1, less=0, times=turns.prefills[name]))
     times = turns.updates if name == "learn" else 1
     label = "{}, one step" if name == "learn" else "{}"
-    parts = (cost(label.format(scope), loops, scope, times=times) for scope in SCOPES.get(name, ()))
+    parts = (cost(label.format(scope), trips, scope, times=times) for scope in SCOPES.get(name, ()))
     return whole, tuple(part for part in parts if part.flops)
 
 

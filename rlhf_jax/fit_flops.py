@@ -2,18 +2,16 @@
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 _GENERATORS = ("bwd", "fwd_jaxpr_thunk", "jvp_jaxpr_fun", "jvp_jaxpr_thunk")  # rules that are not part of the program
 
 
-def count_flops(jaxpr: Any, turns: Sequence[float] = (), *, scope: str = "") -> float:
+def count_flops(jaxpr: Any, while_trips: float = 1, *, scope: str = "") -> float:
     """Those of the matrix products, over all devices.
 
     Args:
-      jaxpr: of `jitted.trace(...)`
-      turns: of a loop that data end, of such a loop within it, and so on; once where nothing is said.
+      jaxpr: of `jitted.trace(...)`; while_trips: runs of a loop whose bound depends on data.
       scope: count only what was traced inside `jax.named_scope(scope)`, its gradient included.
     """
     total = 0.0
@@ -23,20 +21,19 @@ def count_flops(jaxpr: Any, turns: Sequence[float] = (), *, scope: str = "") -> 
             (contract, _), _ = eqn.params["dimension_numbers"]
             total += within * 2.0 * math.prod(eqn.invars[0].aval.shape[axis] for axis in contract) * eqn.outvars[0].aval.size
             continue
-        within_loop = turns[1:] if eqn.primitive.name == "while" else turns
-        inside = [count_flops(each, within_loop, scope="" if within else scope) for each in _inner(eqn)]
+        inside = [count_flops(each, while_trips, scope="" if within else scope) for each in _inner(eqn)]
         if inside:
-            total += _times(eqn, turns) * (max(inside) if eqn.primitive.name == "cond" else sum(inside))
+            total += _times(eqn, while_trips) * (max(inside) if eqn.primitive.name == "cond" else sum(inside))
     return total
 
 
-def _times(eqn: Any, turns: Sequence[float]) -> float:
+def _times(eqn: Any, while_trips: float) -> float:
     """How often what stands inside runs."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"]
         case "while":
-            return turns[0] if turns else 1
+            return while_trips
         case "shard_map":  # written for one shard
             names = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ()))  # its name until jax 0.10, and since
             return math.prod(eqn.params["mesh"].shape[name] for name in names)

@@ -7,7 +7,6 @@ The text of the program names each loop's bound; this page multiplies by it. Pur
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -44,7 +43,7 @@ class Program(NamedTuple):
     computations: dict[str, list[Instruction]]
     times: dict[str, float]  # how often each computation runs (fused ones are counted with their caller)
     fused: dict[str, float]  # the same for computations reached through fusions
-    unknown_loops: list[str]  # loops that data end: counted as often as told
+    unknown_loops: list[str]  # loops whose bound depends on data: counted `while_trips` times
 
 
 class Traffic(NamedTuple):
@@ -69,13 +68,12 @@ def shape_bytes(shape: str) -> float:
     )
 
 
-def parse(text: str, turns: Sequence[float] = ()) -> Program:
+def parse(text: str, while_trips: float = 1) -> Program:
     """HLO text -> computations and how often each runs.
 
     Args:
       text: `Compiled.as_text()`.
-      turns: of a loop whose bound is not a constant (a decode loop: its longest case), of such a loop within it, and so on; one
-        where nothing is said.
+      while_trips: runs of a loop whose bound is not a constant (a decode loop: its longest case).
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
@@ -89,14 +87,14 @@ def parse(text: str, turns: Sequence[float] = ()) -> Program:
             found = _LINE.match(line)
             if found:
                 computations[current].append(Instruction(*found.groups()))
-    calls: dict[str, list[tuple[str, float | None]]] = defaultdict(list)  # None: a loop that data end
+    calls: dict[str, list[tuple[str, float]]] = defaultdict(list)
     fusions: dict[str, list[str]] = defaultdict(list)
     unknown: list[str] = []
     for name, body in computations.items():
         for op in body:
             if op.opcode == "while":
-                trips = _trip_count(op, computations)
-                if trips is None:
+                trips, known = _trip_count(op, computations, while_trips)
+                if not known:
                     unknown.append(_attribute(op, "condition"))
                 calls[name] += [(_attribute(op, "body"), trips), (_attribute(op, "condition"), trips)]
             elif op.opcode == "conditional":
@@ -111,12 +109,9 @@ def parse(text: str, turns: Sequence[float] = ()) -> Program:
                 callee = _attribute(op, "to_apply") or _attribute(op, "calls") or _attribute(op, "called_computation")
                 calls[name].append((callee, 1.0))
     times: dict[str, float] = defaultdict(float, {entry: 1.0})
-    depth: dict[str, int] = defaultdict(int)  # in loops that data end
     for name in _callers_first(entry, calls):
-        told = turns[depth[name]] if depth[name] < len(turns) else 1.0
         for callee, count in calls[name]:
-            times[callee] += times[name] * (told if count is None else count)
-            depth[callee] = max(depth[callee], depth[name] + (count is None))
+            times[callee] += times[name] * count
     fused: dict[str, float] = defaultdict(float)
     for name, count in list(times.items()):
         pending = list(fusions[name])
@@ -127,14 +122,14 @@ def parse(text: str, turns: Sequence[float] = ()) -> Program:
     return Program(computations, dict(times), dict(fused), unknown)
 
 
-def report(text: str, turns: Sequence[float] = (), *, scope: str = "") -> Report:
+def report(text: str, while_trips: float = 1, *, scope: str = "") -> Report:
     """Collectives, bytes, cycles and kernels of one execution on one device.
 
     Args:
-      text, turns: as in `parse`. What one turn of a decode loop costs is the difference between two numbers of turns.
+      text, while_trips: as in `parse`. What one turn of a decode loop costs is the difference between two numbers of trips.
       scope: count only what was traced inside `jax.named_scope(scope)`, its gradient included.
     """
-    program = parse(text, turns)
+    program = parse(text, while_trips)
     places, started = _Places(program), _started(program)
     wanted = re.compile(rf"\b{re.escape(scope)}\b")
     traffic: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
@@ -264,19 +259,19 @@ def _operands(op: Instruction) -> list[str]:
     return re.findall(r"%([\w.\-]+)", op.rest[:end])
 
 
-def _trip_count(op: Instruction, computations: dict[str, list[Instruction]]) -> float | None:
-    """The loop's bound: XLA's own note, or the one integer constant that the condition compares with. None: data end it."""
+def _trip_count(op: Instruction, computations: dict[str, list[Instruction]], while_trips: float) -> tuple[float, bool]:
+    """The loop's bound: XLA's own note, or the one integer constant that the condition compares with."""
     noted = re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', op.rest)
     if noted:
-        return float(noted.group(1))
+        return float(noted.group(1)), True
     bounds, data_dependent = [], False
     for line in computations.get(_attribute(op, "condition"), []):
         if line.opcode == "constant" and re.match(r"[su]32\[\]", line.shape):
             bounds.append(int(re.match(r"(-?\d+)", line.rest).group(1)))  # type: ignore[union-attr]
         data_dependent |= line.opcode in ("and", "reduce") or (line.opcode == "fusion" and len(_operands(line)) > 2)
     if len(bounds) == 1 and not data_dependent:
-        return float(bounds[0])
-    return None
+        return float(bounds[0]), True
+    return float(while_trips), False
 
 
 def _instruction_bytes(op: Instruction, shapes: dict[str, str], program: Program) -> float:
@@ -307,7 +302,7 @@ def _instruction_bytes(op: Instruction, shapes: dict[str, str], program: Program
     return total + max(written, 0.0)
 
 
-def _callers_first(entry: str, calls: dict[str, list[tuple[str, float | None]]]) -> list[str]:
+def _callers_first(entry: str, calls: dict[str, list[tuple[str, float]]]) -> list[str]:
     order: list[str] = []
     seen: set[str] = set()
     stack: list[tuple[str, bool]] = [(entry, False)]

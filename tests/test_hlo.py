@@ -52,26 +52,9 @@ def test_a_loop_that_depends_on_data_is_counted_as_told() -> None:
         return jax.lax.while_loop(lambda c: (c[0] < 9) & (c[1].sum() < 1e9), lambda c: (c[0] + 1, c[1] @ c[1]), (0, x))[1]
 
     jaxpr = jax.make_jaxpr(decode)(jnp.zeros((8, 8)))
-    assert count_flops(jaxpr.jaxpr, (5,)) == 5 * 2 * 8**3
+    assert count_flops(jaxpr.jaxpr, 5) == 5 * 2 * 8**3
     text = jax.jit(decode).lower(jnp.zeros((8, 8))).compile().as_text()
-    assert hlo.parse(text, (5,)).unknown_loops
-
-
-def test_a_loop_within_a_loop_that_data_end_has_turns_of_its_own() -> None:
-    def refill(x: jax.Array) -> jax.Array:
-        def inner(c: tuple) -> tuple:
-            return jax.lax.while_loop(lambda c: c[0] % 7 < c[1].sum(), lambda c: (c[0] + 1, c[1] @ x @ x), (c[0], c[1] @ x))
-
-        return jax.lax.while_loop(lambda c: c[0] < c[1].sum(), inner, (0, x))[1]
-
-    jaxpr = jax.make_jaxpr(refill)(jnp.zeros((8, 8)))
-    text = jax.jit(refill).lower(jnp.zeros((8, 8))).compile().as_text()
-    product = 2 * 8**3
-    for turns, products in (((), 3), ((5,), 15), ((5, 0), 5), ((5, 4), 45), ((5, 2.5), 30)):
-        assert count_flops(jaxpr.jaxpr, turns) == products * product
-        program = hlo.parse(text, turns)
-        runs = {name: program.times.get(name, 0.0) + program.fused.get(name, 0.0) for name in program.computations}
-        assert sum(runs[name] for name, body in program.computations.items() for op in body if op.opcode == "dot") == products
+    assert hlo.parse(text, 5).unknown_loops
 
 
 @pytest.mark.parametrize(

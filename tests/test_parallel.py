@@ -18,7 +18,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import scratch_spec
 from rlhf_jax.types import Frozen, Sequences
 
-MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]  # the last has more parts than the model has key-value heads
 SETTINGS = config.SFTRun(
     model=config.Model(
         scratch=config.Scratch(width=32, layers=2, heads=4, kv_heads=2, mlp_width=64, vocabulary=64),
@@ -111,7 +111,7 @@ def test_pure_data_parallelism_moves_gradients_alone() -> None:
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no collectives")
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", MESHES[:3])
 def test_parameters_are_gathered_no_more_often_than_they_are_used_and_the_state_is_updated_in_place(
     shape: tuple[int, int, int],
 ) -> None:

@@ -96,9 +96,17 @@ def _sharded(fn: Any, mesh: Mesh | None, heads: int, kv_heads: int) -> Any:
         return fn
     split = mesh.shape["tensor"]
     axis = "tensor" if heads % split == 0 and kv_heads % split == 0 else None
-    rows, heads_spec = PartitionSpec(("data", "fsdp"), None), PartitionSpec(("data", "fsdp"), axis, None, None)
+    here = jax.sharding.get_abstract_mesh()
+    own = tuple(here.manual_axes)  # within `parallel.each_shard` the rows are this shard's own already
+    batch = tuple(name for name in ("data", "fsdp") if name not in own) or None
+    rows, heads_spec = PartitionSpec(batch, None), PartitionSpec(batch, axis, None, None)
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=(heads_spec, heads_spec, heads_spec, rows), out_specs=heads_spec, check_vma=False
+        fn,
+        mesh=here if own else mesh,
+        in_specs=(heads_spec, heads_spec, heads_spec, rows),
+        out_specs=heads_spec,
+        axis_names=set(mesh.axis_names) - set(own),
+        check_vma=False,
     )
 
 

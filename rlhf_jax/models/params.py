@@ -25,14 +25,24 @@ def init(spec: Spec, key: jax.Array, *, head: str = "lm", dtype: Any = jnp.float
     return jax.tree_util.tree_map_with_path(draw, leaves(spec, head), is_leaf=lambda x: isinstance(x, Leaf))
 
 
-def axes(spec: Spec, params: Params) -> Any:
-    """Logical axis names of every leaf of `params`: whole models, heads, adapters, and layers unstacked for decoding."""
+def axes(spec: Spec, params: Params, *, tensor: int = 1) -> Any:
+    """Logical axis names of every leaf of `params`: whole models, heads, adapters, and layers unstacked for decoding.
+
+    `tensor` is the number of parts that heads are split in. Where it does not divide those of keys and values, their matrices
+    are whole: a part of a head is of no use to anybody.
+    """
     table = leaves(spec, "lm") | {"score": leaves(spec, "value")["score"]}
+    if spec.kv_heads % tensor:
+        table = jax.tree.map(_whole_kv, table, is_leaf=lambda x: isinstance(x, Leaf))
     if not isinstance(params.get("layers"), list):
         return _axes_of(params, table)
     rest = {name: value for name, value in params.items() if name != "layers"}
     single = [_unstacked(table[name]) for name, members in groups(spec).items() for _ in members]
     return _axes_of(rest, table) | {"layers": [_axes_of(p, t) for p, t in zip(params["layers"], single, strict=True)]}
+
+
+def _whole_kv(leaf: Leaf) -> Leaf:
+    return leaf._replace(axes=tuple(None if name == "kv" else name for name in leaf.axes))
 
 
 def _axes_of(tree: Any, table: Any) -> Any:

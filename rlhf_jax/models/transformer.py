@@ -41,7 +41,7 @@ def make_model(
         attention: "dense", or "flash" where the device has a kernel for it.
         constrain: (x, logical axes) -> x, pins the sharding of activations.
         by_rows: (fn, weights, logical axes, *rows) -> fn(weights, *rows), computed apart for each device's rows.
-        mesh: devices that the flash kernel is for and split over; default: this process's first device.
+        mesh: devices that the parameters' axes and the flash kernel are for; default: this process's first device.
         lora_scale: alpha / rank of an adapter joined to the parameters.
     """
     d = stack.Decoder(
@@ -72,6 +72,6 @@ def make_model(
         prefill=lambda tree, tokens, mask, slots: decoding.prefill(d, tree, tokens, mask, slots),
         decode=lambda tree, cache, token, position, slot, valid: decoding.decode(d, tree, cache, token, position, slot, valid),
         for_decoding=lambda tree: params.unstack(spec, tree, compute_dtype),
-        axes=lambda tree: params.axes(spec, tree),
+        axes=lambda tree: params.axes(spec, tree, tensor=1 if mesh is None else mesh.shape["tensor"]),
         by_rows=heads_by_rows,
     )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import Scratch
+from rlhf_jax import parallel
+from rlhf_jax.config import Mesh, Scratch
 from rlhf_jax.models import attention as attn
 from rlhf_jax.models import flash, make_model, scratch_spec, spec_of
 
@@ -49,6 +50,22 @@ def test_splash_computes_what_dense_attention_does(windows, index, packed):
     for attend in (attn.make_dense(spec, keys, windows), flash.make_splash(spec, keys, windows, None, interpret=True)):
         last = jax.jit(attend)(q[:, -11:], k, v, which, 0.25, None)
         np.testing.assert_allclose(jnp.where(mask[:, -11:, None, None], last, 0.0), dense[:, -11:], atol=2e-6, rtol=0)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device has no shards")
+@pytest.mark.parametrize("by_shard", [False, True], ids=["whole batch", "each shard by itself"])
+def test_splash_on_a_mesh_is_that_of_one_device(by_shard):
+    """Also within `each_shard`, where a rollout of `sampling.rows` prefills."""
+    mesh = parallel.make_mesh(Mesh(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    q, k, v = (jax.random.normal(jax.random.key(i), (8, 24, heads, 16)) for i, heads in enumerate((4, 2, 2)))
+
+    def run(mesh, qkv):
+        keys = attn.causal(jnp.ones(qkv[0].shape[:2], bool), jnp.broadcast_to(jnp.arange(24), qkv[0].shape[:2]), None)
+        return flash.make_splash(spec_of(GEMMA2), keys, [None], mesh, interpret=True)(*qkv, 0, 0.25, None)
+
+    here = parallel.each_shard(lambda _, qkv, key: run(mesh, qkv), mesh) if by_shard else lambda _, qkv, key: run(mesh, qkv)
+    got = jax.jit(here)((), parallel.place((q, k, v), parallel.batch_sharding(mesh)), jnp.int32(0))
+    np.testing.assert_allclose(got, run(None, (q, k, v)), atol=2e-6, rtol=0)
 
 
 def test_flash_on_cpu_is_dense_and_says_so_once():
