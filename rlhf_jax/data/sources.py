@@ -78,9 +78,9 @@ def open_source(path: str, *, limit: int | None = None) -> Source:
         )
     if file.stat().st_size == 0:
         raise UserError(f"data.path: {path!r} is empty (0 bytes); expected at least one row")
-    if kind == ".parquet":
-        return _spooled(_parquet_rows(path), path, limit)
     with _decompressed(file) if file.suffix in _COMPRESSED else file.open("rb") as stream:
+        if kind == ".parquet":
+            return _spooled(_parquet_rows(stream, path), path, limit)
         head = stream.read(256).removeprefix(_BOM).lstrip()
         stream.seek(0)
         if head.startswith(b"["):
@@ -195,12 +195,22 @@ def _spooled(rows: Iterator[Any], name: str, limit: int | None) -> Source:
         for number, row in enumerate(rows):
             if limit is not None and number >= limit:
                 break
-            file.write(json.dumps(row, default=str).encode() + b"\n")
+            file.write(json.dumps(row, default=_as_json).encode() + b"\n")
         if file.tell() == 0:
             raise UserError(f"{name}: 0 rows; expected at least one")
         file.seek(0)
         source = _lines(file, name, None)
     return Source(name, source.rows, lambda i: source.row(i), lambda i: f"{name}: row {i}", source.digest)
+
+
+def _as_json(value: Any) -> Any:
+    """Bytes are text (as Spark and Hive write strings into parquet), or {"bytes": hex} where they are not UTF-8."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"bytes": value.hex()}
 
 
 @contextlib.contextmanager
@@ -241,10 +251,10 @@ def extra(module: str, what: str) -> Any:
         raise UserError(f'{what} needs {module}: pip install "rlhf-jax[data]", or convert the data to jsonl') from None
 
 
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(stream: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
     parquet = extra("pyarrow.parquet", f"data.path: {path!r}: reading parquet")
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(stream)
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError

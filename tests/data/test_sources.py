@@ -8,8 +8,11 @@ import sys
 import types
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from rlhf_jax.data.formats import normalise
 from rlhf_jax.data.sources import BadRow, memory_source, open_source
 from rlhf_jax.errors import UserError
 
@@ -146,32 +149,28 @@ def _module(name: str, **attributes: object) -> types.ModuleType:
     return module
 
 
-def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Batch:
-        def __init__(self, rows: list[dict]):
-            self.rows = rows
+def test_parquet_is_read_whatever_it_is_wrapped_in(tmp_path: Path):
+    path = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    content = Path(path).read_bytes()
+    for name in (path, _write(tmp_path / "b.parquet.gz", gzip.compress(content, mtime=0))):
+        source = open_source(name)
+        assert [source.row(i) for i in range(5)] == ROWS
+        assert source.where(3) == f"{name}: row 3"
+        assert len(open_source(name, limit=3)) == 3
+    with pytest.raises(UserError, match="c.parquet: not a readable parquet file"):
+        open_source(_write(tmp_path / "c.parquet", b"none"))
 
-        def to_pylist(self) -> list[dict]:
-            return self.rows
 
-    class ParquetFile:
-        def __init__(self, path: str):
-            if Path(path).read_bytes() != b"PAR1":
-                raise ValueError("Parquet magic bytes not found")
-
-        def iter_batches(self, batch_size: int):
-            assert batch_size == 1024
-            yield from (Batch(ROWS[:2]), Batch(ROWS[2:]))
-
-    monkeypatch.setitem(sys.modules, "pyarrow", _module("pyarrow"))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", _module("pyarrow.parquet", ParquetFile=ParquetFile))
-    path = _write(tmp_path / "a.parquet", b"PAR1")
+def test_bytes_in_parquet_are_text_or_no_string(tmp_path: Path):
+    """Spark, Impala and Hive write strings as binary without the mark of UTF-8."""
+    path, rows = str(tmp_path / "a.parquet"), [{"prompt": "é 😀".encode()}, {"prompt": b"\xff\x00"}, {"prompt": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     source = open_source(path)
-    assert [source.row(i) for i in range(5)] == ROWS
-    assert source.where(3) == f"{path}: row 3"
-    assert len(open_source(path, limit=3)) == 3
-    with pytest.raises(UserError, match="not a readable parquet file"):
-        open_source(_write(tmp_path / "b.parquet", b"none"))
+    assert [source.row(i)["prompt"] for i in range(3)] == ["é 😀", {"bytes": "ff00"}, None]
+    assert normalise(source.row(0), "prompts", "prompt").prompt == "é 😀"
+    with pytest.raises(BadRow, match="column prompt must be a string or a list of messages, found dict {'bytes': 'ff00'}"):
+        normalise(source.row(1), "prompts", "prompt")
 
 
 def test_zstd_by_the_standard_library_or_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
