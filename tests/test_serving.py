@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
+import tokenizers
 import uvicorn
 
 from rlhf_jax import cli, config, models, scorer
-from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import http_reward
 from rlhf_jax.serving import app, schema, service
-from rlhf_jax.streaming import Ask, Piece, Streamer
+from rlhf_jax.serving.answers import Reply
+from rlhf_jax.streaming import Ask, Piece, Streamer, Token
 from rlhf_jax.types import RewardInput
 
 ROOT = Path(__file__).parent.parent
@@ -144,15 +146,74 @@ def test_logprobs(language):
     for row in rows:
         assert len(row.top_logprobs) == 3
         assert row.logprob <= row.top_logprobs[0].logprob < 0
-        assert row.bytes is None or bytes(row.bytes).decode() == row.token
+        assert row.token.startswith("bytes:") or bytes(row.bytes).decode() == row.token
     assert language.client.chat.completions.create(**asked).choices[0].logprobs is None
     chunks = language.client.chat.completions.create(**asked, logprobs=True, stream=True)
     streamed = [r for chunk in chunks for c in chunk.choices if c.logprobs for r in c.logprobs.content]
     assert [(r.token, r.top_logprobs) for r in streamed] == [(r.token, []) for r in rows]
     plain = language.client.completions.create(model="tiny", prompt="what", max_tokens=5, seed=0, logprobs=2).choices[0].logprobs
     assert len(plain.tokens) == len(plain.token_logprobs) == len(plain.text_offset)
-    assert {len(row) for row in plain.top_logprobs} <= {1, 2}
+    assert {len(row) for row in plain.top_logprobs} == {2}
     assert plain.text_offset[0] == 0
+
+
+def sentencepiece():
+    """A tokenizer of Llama 2's kind, whose text has lost the space before its first word."""
+    vocabulary = ["<unk>", "<s>", "</s>", "<0xE6>", "<0x97>", "<0xA5>", "▁the", "the", "▁w", "x"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: n for n, token in enumerate(vocabulary)}, [], byte_fallback=True)
+    )
+    backend.add_special_tokens(vocabulary[:3])
+    parts = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    backend.decoder = tokenizers.decoders.Sequence([*parts, tokenizers.decoders.Strip(" ", 1, 0)])
+    return make_tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}), [6, 8, 2, 3, 4, 5, 9, 7, 6]
+
+
+def words():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "the": 1, "pool": 2, ".": 3}, unk_token="."))
+    backend.add_special_tokens(["<eos>"])
+    return make_tokenizer(backend, {"eos_token": "<eos>"}), [1, 2, 0, 3, 1]
+
+
+def bytelevel():
+    tokenizer = load_tokenizer(directories.language_model())
+    return tokenizer, [*tokenizer.encode("what is 2 日é"), tokenizer.eos_id, *tokenizer.encode(" it")]
+
+
+@pytest.mark.parametrize("made", [sentencepiece, words, bytelevel])
+def test_tokens_have_their_own_names_and_stand_where_the_text_has_them(made):
+    tokenizer, ids = made()
+    text = tokenizer.decode(ids)
+    everything = tuple((number, -float(number)) for number in range(tokenizer.vocab_size))
+    tokens = [Token(number, -1.0, everything) for number in ids]
+    reply = Reply("m", tokenizer, chat=False, top=tokenizer.vocab_size)
+    whole = reply.logprobs(tuple(tokens), 0)
+    streamed = [reply.chunk(Piece(1, "", (token,)))["choices"][0]["logprobs"] for token in tokens]
+    assert [row["text_offset"][0] for row in streamed] == whole["text_offset"]
+    assert {len(row) for row in whole["top_logprobs"]} == {tokenizer.vocab_size}, "no two tokens share a name"
+    shown = ""
+    for name, at, number in zip(whole["tokens"], whole["text_offset"], ids, strict=True):
+        assert at == len(shown), name
+        if number == tokenizer.eos_id:
+            assert name.strip() == tokenizer.names["eos_token"]
+        elif not name.startswith("bytes:"):
+            part = name if text.startswith(name, at) else name.removeprefix(" ")
+            assert text.startswith(part, at)
+            assert part == name or at == 0
+            shown += part
+        elif tokenizer.decode(ids[: ids.index(number) + 1])[-1:] in ("日", "é"):
+            shown += text[at]
+    assert shown == text
+    chat = Reply("m", tokenizer, chat=True, top=0).logprobs(tuple(tokens), 0)["content"]
+    kept = b"".join(bytes(row["bytes"]) for row, number in zip(chat, ids, strict=True) if number != tokenizer.eos_id)
+    assert kept.removeprefix(b" ").decode() == text.removeprefix(" ")
+
+
+def test_an_answer_can_be_sent_back(language):
+    messages = [*MESSAGES]
+    answer = language.client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, seed=1).choices[0].message
+    messages += [answer, *MESSAGES]
+    assert language.client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).choices
 
 
 def test_models_and_health(language, rewarding):
@@ -227,6 +288,21 @@ def test_another_run_can_use_it_as_its_reward_server(rewarding):
         (CHAT, ASKED | {"n": 99}, 400, "n: input should be less than or equal to 16"),
         (CHAT, ASKED | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs: true"),
         (CHAT, ASKED | {"stop": [""]}, 400, "stop is ('',)"),
+        (CHAT, ASKED | {"stop": ["a"] * 17}, 400, "stop: list should have at most 16 items"),
+        (CHAT, {"messages": [{"role": "tool", "content": "", "tool_call_id": "1"}]}, 400, "messages.0.role: input should be"),
+        (
+            CHAT,
+            {"messages": [MESSAGES[0] | {"name": "me"}]},
+            400,
+            "messages.0.name is not supported; supported are: role, content",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content.0.type: input should",
+        ),
+        (CHAT, {"messages": [{"role": "assistant", "content": None}]}, 400, "messages.0.content: field required"),
         (CHAT, ASKED | {"model": "gpt"}, 404, "the model 'gpt' is not here; this is 'tiny'"),
         (CHAT, ASKED | {"frequency_penalty": 0.5}, 400, "frequency_penalty is not supported"),
         ("completions", {"prompt": "a", "echo": True}, 400, "echo is not supported"),

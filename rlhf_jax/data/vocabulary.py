@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from rlhf_jax.data.formats import Message
 from rlhf_jax.errors import UserError
 
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# How byte-level vocabularies spell bytes (GPT-2): printable ones as themselves, the others as U+0100 and on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -46,6 +51,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids (any integer sequence)."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def piece(self, number: int) -> bytes:
+        """What a token adds within a text, UTF-8: also a part of a character, and the space before a word."""
+        before = [self.eos_id]
+        added = self.decode([*before, number], skip_special=False).removeprefix(self.decode(before, skip_special=False))
+        if "\ufffd" not in added:
+            return added.encode()
+        token = self.backend.id_to_token(number)
+        if found := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's bytes
+            return bytes.fromhex(found[1])
+        return bytes(_BYTES[char] for char in token) if all(char in _BYTES for char in token) else added.encode()
 
     def token_id(self, text: str) -> int:
         """The one token that a string is. Errors: `UserError` where it is none or several."""

@@ -1,5 +1,6 @@
 """Pieces of answers as OpenAI's objects: whole, and as chunks of a stream."""
 
+import codecs
 import secrets
 import time
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ class Reply:
         self.model, self.tokenizer, self.chat, self.top = model, tokenizer, chat, top
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created = int(time.time())
+        self.special = {n for n, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        self.texts: dict[int, tuple[Any, int]] = {}  # of each choice: decoder of its bytes, characters that it has given
 
     def whole(self, pieces: Iterable[Piece], prompt_tokens: int, count: int) -> dict[str, Any]:
         """The object of an answer that is not streamed; `count` choices, numbered by `Piece.sample`."""
@@ -28,7 +31,7 @@ class Reply:
             tokens = tuple(token for piece in found for token in piece.tokens)
             total += len(tokens)
             body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            choices.append({"index": index, **body, "logprobs": self.logprobs(tokens, 0), "finish_reason": found[-1].finish})
+            choices.append({"index": index, **body, "logprobs": self.logprobs(tokens, index), "finish_reason": found[-1].finish})
         return self._object("", choices) | {"usage": usage(prompt_tokens, total)}
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -36,18 +39,26 @@ class Reply:
         delta = {"role": "assistant", "content": ""}
         return self._object(".chunk", [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
-    def chunk(self, piece: Piece, offset: int) -> dict[str, Any]:
-        """A piece as a chunk; `offset` counts the characters of the choice before it."""
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """A piece as a chunk."""
         body = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
-        choice = {"index": piece.sample, **body, "logprobs": self.logprobs(piece.tokens, offset), "finish_reason": piece.finish}
+        choice = {
+            "index": piece.sample,
+            **body,
+            "logprobs": self.logprobs(piece.tokens, piece.sample),
+            "finish_reason": piece.finish,
+        }
         return self._object(".chunk", [choice])
 
     def closing(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
         """The chunk that ends a stream with its usage, where the client asked for it."""
         return self._object(".chunk", []) | {"usage": usage(prompt_tokens, completion_tokens)}
 
-    def logprobs(self, tokens: tuple[Token, ...], offset: int) -> dict[str, Any] | None:
-        """Log-probabilities of tokens under the model itself, nats; None where they were not asked for."""
+    def logprobs(self, tokens: tuple[Token, ...], choice: int) -> dict[str, Any] | None:
+        """Log-probabilities of a choice's next tokens under the model itself, nats; None where they were not asked for.
+
+        A token has one name wherever it stands: one that begins a word has its space, also where the text begins with it.
+        """
         if self.top is None:
             return None
         if self.chat:
@@ -56,24 +67,40 @@ class Reply:
                 for token in tokens
             ]
             return {"content": rows, "refusal": None}
-        names = [self._name(token.id) for token in tokens]
         return {
-            "tokens": names,
+            "tokens": [_name(self.tokenizer.piece(token.id)) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._name(number): value for number, value in token.top[: self.top]} for token in tokens],
-            "text_offset": [offset + sum(map(len, names[:place])) for place in range(len(names))],
+            "top_logprobs": [
+                {_name(self.tokenizer.piece(number)): value for number, value in token.top[: self.top]} for token in tokens
+            ],
+            "text_offset": [self._offset(token.id, choice) for token in tokens],
         }
 
     def _named(self, number: int, logprob: float) -> dict[str, Any]:
-        name = self._name(number)
-        return {"token": name, "bytes": None if "\ufffd" in name else list(name.encode()), "logprob": logprob}
+        raw = self.tokenizer.piece(number)
+        return {"token": _name(raw), "bytes": list(raw), "logprob": logprob}
 
-    def _name(self, number: int) -> str:
-        return self.tokenizer.decode([number], skip_special=False)
+    def _offset(self, number: int, choice: int) -> int:
+        """Characters of the choice's text before its next token, which is `number`."""
+        decoder, at = self.texts.get(choice, (codecs.getincrementaldecoder("utf-8")("replace"), 0))
+        if number not in self.special:
+            raw = self.tokenizer.piece(number)
+            if choice not in self.texts and raw.startswith(b" "):  # which the text may have lost
+                raw = self.tokenizer.decode([number]).encode()
+            self.texts[choice] = decoder, at + len(decoder.decode(raw))
+        return at
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = f"chat.completion{kind}" if self.chat else "text_completion"
         return {"id": self.id, "object": name, "created": self.created, "model": self.model, "choices": choices}
+
+
+def _name(raw: bytes) -> str:
+    """A token's text, or, as OpenAI writes parts of a character, "bytes:\\xe2\\x80"."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

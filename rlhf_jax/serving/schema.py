@@ -1,6 +1,7 @@
 """What a request may hold, checked before anything runs. A key that would be ignored is refused instead."""
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -39,6 +40,12 @@ class Refusal(Exception):
 
 class _Checked(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """A null is a key left out: clients send the answers back that they were given, with all their fields."""
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class TextPart(_Checked):
@@ -148,7 +155,7 @@ def parse(cls: type[Request], raw: bytes) -> Request:
         raise Refusal(400, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise Refusal(400, f"the body must be a JSON object, is {type(body).__name__}")
-    body = {key: value for key, value in body.items() if value is not None and not _is_neutral(key, value)}
+    body = {key: value for key, value in body.items() if not _is_neutral(key, value)}
     try:
         return cls.model_validate(body)
     except pydantic.ValidationError as error:
@@ -159,11 +166,27 @@ def _is_neutral(key: str, value: Any) -> bool:
     return any(type(value) in (type(other), float) and value == other for other in NEUTRAL.get(key, ()))
 
 
+# Objects within a body, by the key that holds them.
+_PARTS: dict[Any, type[_Checked]] = {
+    "messages": ChatMessage,
+    "prompt": ChatMessage,
+    "content": TextPart,
+    "stream_options": StreamOptions,
+}
+
+
 def _refusal(cls: type[_Checked], error: pydantic.ValidationError) -> Refusal:
-    found = error.errors(include_url=False)
-    first = next((entry for entry in found if entry["type"] == "extra_forbidden"), found[0])
-    param = ".".join(map(str, first["loc"]))
+    """The mistake that says most: of a union the forms that were not meant complain of the type."""
+
+    def rank(entry: Any) -> int:
+        kinds = ("literal_error", "extra_forbidden")
+        return kinds.index(entry["type"]) if entry["type"] in kinds else 2 + entry["type"].endswith("_type")
+
+    first = min(error.errors(include_url=False), key=rank)
+    loc = [part for part in first["loc"] if not re.fullmatch(r"str|list\[.*\]|constrained-.*", str(part))] or first["loc"]
+    param = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
-        return Refusal(400, f"{param} is not supported; supported are: {', '.join(cls.model_fields)}", param=param)
+        of = next((_PARTS[part] for part in reversed(loc[:-1]) if part in _PARTS), cls)
+        return Refusal(400, f"{param} is not supported; supported are: {', '.join(of.model_fields)}", param=param)
     value = "" if first["type"] == "missing" else f", found {json.dumps(first['input'], default=str)[:80]}"
     return Refusal(400, f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}{value}", param=str(first["loc"][0]))

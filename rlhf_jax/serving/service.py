@@ -179,11 +179,10 @@ async def chunks(
     if made.chat:
         for index in range(count):
             yield made.opening(index)
-    offsets, total = [0] * count, 0
+    total = 0
     async with contextlib.aclosing(pieces(service, asks)) as found:
         async for piece in found:
-            yield made.chunk(piece, offsets[piece.sample])
-            offsets[piece.sample] += len(piece.text)
+            yield made.chunk(piece)
             total += len(piece.tokens)
     if prompt_tokens is not None:
         yield made.closing(prompt_tokens, total)
