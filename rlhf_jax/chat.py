@@ -132,7 +132,7 @@ def talk(conversation: Conversation, name: str) -> None:
 
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     console.print(f"[bold]{_escaped(name)}[/]  [dim]{_escaped(HELP)}[/]")
     while True:
         try:

@@ -88,7 +88,7 @@ class ProgressLine:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self._stream, force_terminal=True if terminal else None)
+            console = Console(file=self._stream, force_terminal=True if terminal else None, emoji=False)
             self._live = Live(get_renderable=self._renderable, console=console, refresh_per_second=4, transient=True)
             self._live.start()
         else:

@@ -111,11 +111,11 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(streamer, monkeypatch, 
 
 
 def test_commands_on_a_terminal(streamer, monkeypatch, capsys):
-    conversation = Conversation(Scripted(streamer, ["\x1b[31mred\x07 [bold]\n"]), 10, 1.0, 1.0, 0)
+    conversation = Conversation(Scripted(streamer, ["\x1b[31mred\x07 [bold] 3:100:2\n"]), 10, 1.0, 1.0, 0)
     typed(monkeypatch, "/help", "/system be [kind]", "/wizard", "hi", "  ", "/reset", "/quit", "never read")
     talk(conversation, "m")
     out = capsys.readouterr().out
-    assert "[31mred [bold]" in out, "markup of the model's is text, its control characters are gone"
+    assert "[31mred [bold] 3:100:2" in out, "markup and emoji codes of the model's are text, its control characters are gone"
     assert "\x1b[31m" not in out
     assert "/wizard is no command" in out
     assert "system message set" in out

@@ -131,7 +131,8 @@ def _call_spread(
                 f"reward {name}: it takes {key!r}, which is neither a column of the data ({', '.join(batch.columns) or 'none'}) "
                 f"nor an option; rename the parameter, or add options: {{{key}: …}}"
             )
-    return function(**{key: value for key, value in offered.items() if key in parameters or (open_ended and key not in given)})
+    rest = offered.keys() - {"responses", "finished"} if open_ended else set()  # TRL's names and the columns
+    return function(**{key: value for key, value in offered.items() if key in parameters or key in rest})
 
 
 def _weight(weight: float, key: str) -> float:

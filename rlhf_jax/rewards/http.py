@@ -8,6 +8,7 @@ import contextlib
 import functools
 import http.client
 import json
+import math
 import os
 import random
 import socket
@@ -52,7 +53,7 @@ def http_reward(
 
 def _ask(url: str, timeout_s: float, sleep: Callable[[float], None], batch: RewardInput) -> np.ndarray:
     finished = np.asarray(batch.finished, bool).tolist()
-    request = {"prompts": batch.prompts, "responses": batch.responses, "finished": finished, "columns": batch.columns}
+    request = {"prompts": batch.prompts, "responses": batch.responses, "finished": finished, "columns": _strict(batch.columns)}
     body = json.dumps(request, default=str).encode()
     jitter = random.Random(len(body))  # noqa: S311  (spreads retries; not a secret)
     for attempt in range(RETRIES + 1):
@@ -67,6 +68,15 @@ def _ask(url: str, timeout_s: float, sleep: Callable[[float], None], batch: Rewa
         else:
             return _scores(raw, url, batch)
     raise AssertionError("unreachable")
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scores(raw: bytes, url: str, batch: RewardInput) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -17,7 +18,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.rewards import RewardError, http_reward, make_reward
 from rlhf_jax.types import RewardInput
 
-BATCH = RewardInput(["p0", "p1"], ["r0 é", "r1"], np.asarray([True, False]), {"answer": [1, "x"]})
+BATCH = RewardInput(
+    ["p0", "p1"], ["r0 é", "r1"], np.asarray([True, False]), {"answer": [1, "x"], "x": [math.nan, {"y": [math.inf]}]}
+)
 
 
 class Server:
@@ -86,7 +89,7 @@ def test_scores_and_what_is_sent(server: Server):
         "prompts": ["p0", "p1"],
         "responses": ["r0 é", "r1"],
         "finished": [True, False],
-        "columns": {"answer": [1, "x"]},
+        "columns": {"answer": [1, "x"], "x": [None, {"y": [None]}]},
     }
     server.gives((200, [3, 4]))
     assert _ask(server) == [3.0, 4.0]

@@ -94,6 +94,8 @@ def test_functions_written_for_other_libraries(tmp_path: Path, signature: str):
     target = _file(tmp_path / "mine.py", code)
     batch = _batch(["4", "5"], answer=["4", "4"], source=["x", "y"])
     assert _run(f"{target}:score", batch).tolist() == [1.0, 0.0]
+    given = "def all_of_it(completions, **kwargs): return [float(sorted(kwargs) == ['answer', 'prompts', 'source'])] * 2"
+    assert _run(f"{_file(tmp_path / 'c.py', given)}:all_of_it", batch).tolist() == [1.0, 1.0]
     if "answer" in signature:
         with pytest.raises(RewardError, match=r"takes 'answer', which is neither a column of the data \(source\)"):
             _run(f"{target}:score", _batch(["4"], source=["x"]))
