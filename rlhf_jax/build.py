@@ -170,8 +170,8 @@ def _check_same_tokens(key: str, directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def check_mesh(spec: models.Spec, mesh: Mesh) -> None:
-    """Refuse a mesh that does not divide heads, MLP and vocabulary."""
-    sizes = {"attention heads": ("heads", spec.heads), "MLP width": ("mlp", spec.mlp_width)}
+    """Refuse a mesh that does not divide width, heads, MLP and vocabulary: what it does not divide would be whole everywhere."""
+    sizes = {"width": ("embed", spec.width), "attention heads": ("heads", spec.heads), "MLP width": ("mlp", spec.mlp_width)}
     parallel.check_divides(mesh, sizes | {"vocabulary": ("vocab", spec.vocab_size)})
 
 

@@ -5,11 +5,11 @@ are expected to fit; keys that manage it alone come first, those that change no 
 the compiler said; how far temporaries follow a key is a rule of thumb, taken from the table of choices in docs/fit.md.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from rlhf_jax import build, checks, ops
+from rlhf_jax import build, checks, config, ops
 
 ROOM = 0.8  # of the capacity: what is expected to need more does not count as fitting; compiled, it was up to a third more
 RANK = 16  # of an adapter where there is none yet
@@ -49,7 +49,7 @@ class Advice(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A key, the values it may take (the smallest change first), and what a value leaves of a need."""
+    """A key, values to try (the smallest change first; the run may refuse some), and what a value leaves of a need."""
 
     key: str
     old: Any
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 
     vocabulary: int
     width: int
-    heads: int  # what mesh.tensor must divide
+    heads: int  # what mesh.tensor must divide; mesh.fsdp must divide the width
     cache: float  # GiB of keys and values of a whole rollout on one device
 
 
@@ -75,13 +75,15 @@ def advise(needs: list[Need], stage: str, run: Any, mesh: dict[str, int], shape:
       mesh: sizes of the axes data, fsdp, tensor.
     """
     found = []
+    run = dataclasses.replace(run, mesh=config.Mesh(**mesh))
     for change in _changes(stage, run, mesh, shape):
-        left = [[change.effect(need, value) for need in needs] for value in change.values]
+        values = [value for value in change.values if _accepts(run, change.key, value)]
+        left = [[change.effect(need, value) for need in needs] for value in values]
         ratios = [max(need.peak / need.capacity for need in each) for each in left]
         if not ratios:
             continue
         best = next((i for i, ratio in enumerate(ratios) if ratio <= ROOM), ratios.index(min(ratios)))
-        new, ratio, worst = change.values[best], ratios[best], max(left[best], key=lambda need: need.peak / need.capacity)
+        new, ratio, worst = values[best], ratios[best], max(left[best], key=lambda need: need.peak / need.capacity)
         why = f"{change.why}; then about {worst.peak:.3g} of {worst.capacity:.2f} GiB, in {worst.program}"
         found.append((ratio, Advice(change.key, change.old, new, ratio <= ROOM, why)))
     before = max(need.peak / need.capacity for need in needs)
@@ -90,20 +92,35 @@ def advise(needs: list[Need], stage: str, run: Any, mesh: dict[str, int], shape:
     return [*alone, *(advice for _, advice in others)][:3]
 
 
+def _accepts(run: Any, key: str, value: Any) -> bool:
+    """False where the run would refuse the key's new value."""
+
+    def changed(group: Any, names: list[str]) -> Any:
+        if not names:
+            return config.Lora(**value) if isinstance(value, dict) else value
+        return dataclasses.replace(group, **{names[0]: changed(getattr(group, names[0]), names[1:])})
+
+    wrong = {problem.key for problem in checks.find_problems(changed(run, key.split(".")))}
+    return wrong <= {problem.key for problem in checks.find_problems(run)}
+
+
 def _changes(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
-    yield from _same_results(stage, run, mesh, shape.vocabulary)
+    yield from _same_results(stage, run, mesh, shape)
     yield from _other_results(stage, run, mesh, shape)
-    yield from _other_machines(run, mesh, shape.heads)
+    yield from _other_machines(mesh, shape)
 
 
-def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -> Iterator[Change]:
+def _same_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
     """Keys that change time and memory alone."""
     minibatches, micro = checks.splits(run)
     rows = run.batch_size // (mesh["data"] * mesh["fsdp"])  # of one device
     model, online = run.model, hasattr(run, "sampling")
     if online:
-        parts = _multiples(run.score_parts, rows)
+        parts = _doubled(run.score_parts)
         yield Change("score_parts", run.score_parts, parts, _split(SCORES, run.score_parts), "fewer rows scored at a time")
+        at_once = run.sampling.rows or run.batch_size
+        cached = lambda need, new: _less_cache(need, new / at_once, shape)  # noqa: E731
+        yield Change("sampling.rows", run.sampling.rows, _halved(at_once), cached, "fewer prompts answered at a time")
     less = [name for name in REMAT if REMAT[name] < REMAT[model.remat] and name != "save_attention"]
     if less:
         why = "keeps less of each layer and computes it again"
@@ -112,10 +129,11 @@ def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -
         yield Change("model.attention", "dense", ["flash"], _activations(lambda _: 0.9), "no [T, T] scores")
     key = f"{stage}.micro_batches" if online else "micro_batches"
     extra = 2.0 if micro == 1 else 0.0  # gradients that are summed lie beside those of the part
-    values = _multiples(micro, rows // minibatches)
-    yield Change(key, micro, values, _activations(lambda new: micro / new, extra), "fewer rows at a time; gradients are summed")
+    yield Change(
+        key, micro, _doubled(micro), _activations(lambda new: micro / new, extra), "fewer rows at a time; gradients are summed"
+    )
     chunk = model.logprob_chunk or ops.CHUNK
-    logits = rows * chunk * vocabulary / mesh["tensor"] * 4 / 2**30
+    logits = rows * chunk * shape.vocabulary / mesh["tensor"] * 4 / 2**30
 
     def fewer_logits(need: Need, new: int) -> Need:
         at_once = minibatches * micro if need.program in UPDATES else getattr(run, "score_parts", 1)
@@ -136,33 +154,32 @@ def _same_results(stage: str, run: Any, mesh: dict[str, int], vocabulary: int) -
 
 def _other_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
     """Keys that change what is learnt, on the same machine."""
-    minibatches, micro = checks.splits(run)
-    ways, model = mesh["data"] * mesh["fsdp"], run.model
+    minibatches, _ = checks.splits(run)
+    model, sampling = run.model, getattr(run, "sampling", None)
     if model.compute_dtype == "float32":
         half = lambda need, _: need._replace(  # noqa: E731
             reference=need.reference / 2, reward=need.reward / 2, base=need.base / 2, copy=need.copy / 2,
             temporary=need.temporary / 2 if need.program == "sync" else _less(need, 0.5).temporary,
         )  # fmt: skip
         yield Change("model.compute_dtype", "float32", ["bfloat16"], half, "half of activations, frozen models, decoding copy")
-    if hasattr(run, "sampling"):
-        values = _multiples(minibatches, run.batch_size // ways // micro)
-        why = "smaller optimiser steps, and more of them"
+    if sampling is not None:
+        why, values = "smaller optimiser steps, and more of them", _doubled(minibatches)
         yield Change(f"{stage}.minibatches", minibatches, values, _activations(lambda new: minibatches / new), why)
-        longest, prompt = run.sampling.max_new_tokens, run.data.max_prompt_tokens
+        longest, prompt = sampling.max_new_tokens, run.data.max_prompt_tokens
 
         def shorter(need: Need, new: int) -> Need:
             part = (prompt + new) / (prompt + longest)
-            if need.program in ROLLOUTS:
-                return need._replace(temporary=max(need.temporary - (1 - part) * shape.cache, 0.0))
-            return _less(need, part)
+            return _less_cache(need, part, shape) if need.program in ROLLOUTS else _less(need, part)
 
-        yield Change(
-            "sampling.max_new_tokens", longest, [n for n in (longest // 2, longest // 4) if n], shorter, "shorter answers"
-        )
-    unit = math.lcm(ways * minibatches * micro, ways * getattr(run, "score_parts", 1))
-    unit = math.lcm(unit, getattr(getattr(run, stage, run), "group_size", 1))
-    sizes = [run.batch_size // 2**n for n in range(1, 8) if run.batch_size % (2**n * unit) == 0]
-    yield Change("batch_size", run.batch_size, sizes, lambda need, new: _less(need, new / run.batch_size), "fewer rows")
+        yield Change("sampling.max_new_tokens", longest, _halved(longest)[:2], shorter, "shorter answers")
+
+    def smaller(need: Need, new: int) -> Need:
+        part = new / run.batch_size
+        if need.program in ROLLOUTS and sampling.rows is not None:  # these stay as many
+            return need._replace(rest=part * need.rest)
+        return _less(need, part)
+
+    yield Change("batch_size", run.batch_size, _halved(run.batch_size), smaller, "fewer rows")
     if model.lora is None:
         word = 0.5 if model.compute_dtype == "bfloat16" else 1.0
         share = min(2 * RANK / shape.width, 1.0)  # of an adapter in its matrix
@@ -176,7 +193,7 @@ def _other_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> 
         yield Change("model.lora", None, [{"rank": RANK}], adapted, "one frozen base under adapters, optimisers for these alone")
 
 
-def _other_machines(run: Any, mesh: dict[str, int], heads: int) -> Iterator[Change]:
+def _other_machines(mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
     def wider(need: Need, new: int) -> Need:
         f = mesh["fsdp"] / new
         whole = need.temporary if need.program == "sync" else f * need.temporary  # gathered: as large as the copy
@@ -191,18 +208,24 @@ def _other_machines(run: Any, mesh: dict[str, int], heads: int) -> Iterator[Chan
         names = ("trained", "moments", "reference", "reward", "base", "gradient", "copy")
         return need._replace(temporary=part * need.temporary, **{name: f * getattr(need, name) for name in names})
 
-    minibatches, micro = checks.splits(run)
-    rows = run.batch_size // (mesh["data"] * mesh["fsdp"])
-    unit = math.lcm(minibatches * micro, getattr(run, "score_parts", 1))
-    more = [mesh["fsdp"] * 2**n for n in range(1, 8) if rows % (2**n * unit) == 0]
-    yield Change("mesh.fsdp", mesh["fsdp"], more, wider, "as many times the devices")
-    tall = [size for n in range(1, 4) if heads % (size := mesh["tensor"] * 2**n) == 0]
+    wide = [size for size in _doubled(mesh["fsdp"]) if shape.width % size == 0]
+    yield Change("mesh.fsdp", mesh["fsdp"], wide, wider, "as many times the devices")
+    tall = [size for size in _doubled(mesh["tensor"]) if shape.heads % size == 0]
     yield Change("mesh.tensor", mesh["tensor"], tall, taller, "as many times the devices, or fewer for mesh.fsdp")
 
 
-def _multiples(old: int, most: int) -> list[int]:
-    """2, 4, 8, ... times the old number, as long as it divides the rows."""
-    return [new for n in range(1, 12) if (new := old * 2**n) <= most and most % new == 0]
+def _doubled(old: int) -> list[int]:
+    return [old * 2**n for n in range(1, 12)]
+
+
+def _halved(old: int) -> list[int]:
+    return [old // 2**n for n in range(1, 8) if old % 2**n == 0]
+
+
+def _less_cache(need: Need, factor: float, shape: Shape) -> Need:
+    """A part of the keys and values of a rollout."""
+    saved = (1 - factor) * shape.cache * (need.program in ROLLOUTS)
+    return need._replace(temporary=max(need.temporary - saved, 0.0))
 
 
 def _less(need: Need, factor: float) -> Need:

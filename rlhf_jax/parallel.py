@@ -113,19 +113,21 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
     Args:
       sizes: what the user calls it -> (logical axis, size), for example {"batch_size": ("batch", 64)}.
     """
-    wrong, axes = [], set()
+    wrong: list[str] = []
+    axes: dict[Any, None] = {}
     for name, (logical, size) in sizes.items():
         parts = axis_size(mesh, logical)
         if size % parts:
             below, above = size // parts * parts, (size // parts + 1) * parts
             near = f"{below} or {above}" if below else str(above)
             wrong.append(f"{name}={size} is not a multiple of {parts} ({_arithmetic(mesh, logical)}); nearest: {near}")
-            axes.add(RULES[logical])
+            axes[RULES[logical]] = None
     if wrong:
-        remedy = "change the size, or the mesh"
-        if axes == {"tensor"}:
-            common = math.gcd(*(size for logical, size in sizes.values() if RULES[logical] == "tensor"))
-            remedy = f"mesh.tensor may be {', '.join(str(n) for n in range(1, common + 1) if common % n == 0)}"
+        remedies = []
+        for axis in axes:
+            common = math.gcd(*(size for logical, size in sizes.values() if RULES[logical] == axis))
+            remedies.append(f"mesh.{axis} may be {', '.join(str(n) for n in range(1, common + 1) if common % n == 0)}")
+        remedy = "change the size, or the mesh" if RULES["batch"] in axes else "; ".join(remedies)
         raise UserError("mesh: " + "; ".join(wrong) + "; " + remedy)
 
 

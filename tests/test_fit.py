@@ -134,6 +134,25 @@ def test_advice_splits_no_further_than_one_row_a_device() -> None:
     assert "ppo.micro_batches" not in keys  # 8 rows on 2 devices are 4 each
 
 
+def test_advice_names_no_value_that_the_run_refuses() -> None:
+    """And a batch size changes no cache of rows that are refilled."""
+    cached = fit_advice.Need("rollout", 16, 20, trained=1)
+
+    def advice(rows: int | None, temporary: float = 20, **keys: int) -> dict[str, Any]:
+        model = config.Model(compute_dtype="bfloat16")
+        run = config.PPORun(
+            model=model, batch_size=64, sampling=config.Sampling(rows=rows, **keys), data=config.Data(max_prompt_tokens=32)
+        )
+        shape = fit_advice.Shape(1024, 256, 8, cache=18)
+        return {each.key: each.new for each in fit_advice.advise([cached._replace(temporary=temporary)], "ppo", run, MESH, shape)}
+
+    assert advice(None) == {"sampling.rows": 32, "sampling.max_new_tokens": 16, "batch_size": 32}
+    assert advice(32)["sampling.rows"] == 16
+    assert "batch_size" not in advice(32)
+    assert "batch_size" not in advice(64)  # 32 would be fewer than the rows
+    assert "sampling.max_new_tokens" not in advice(None, min_new_tokens=40)
+
+
 ONLINE = config.PPORun(
     model=config.Model(scratch=testing.tiny_scratch()),
     batch_size=64,

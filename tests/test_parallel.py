@@ -187,6 +187,8 @@ def test_sizes_that_the_mesh_does_not_divide_are_refused_with_the_nearest_that_i
         parallel.check_divides(mesh, {"attention heads": ("heads", 3)})
     with pytest.raises(UserError, match=r"vocabulary=9 .*; mesh.tensor may be 1, 3"):
         parallel.check_divides(mesh, {"attention heads": ("heads", 6), "vocabulary": ("vocab", 9)})
+    with pytest.raises(UserError, match=r"width=9 is not a multiple of 2 \(fsdp=2\); nearest: 8 or 10; mesh.fsdp may be 1, 3, 9"):
+        build.check_mesh(dataclasses.replace(scratch_spec(SETTINGS.model.scratch, 64), width=9), mesh)
     parallel.check_divides(mesh, {"batch_size": ("batch", 8), "attention heads": ("heads", 4)})
 
 

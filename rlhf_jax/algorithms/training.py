@@ -17,7 +17,7 @@ from rlhf_jax.types import Experience, Frozen, Metrics, Params, Preferences, Run
 
 Loss = Callable[..., tuple[jax.Array, Metrics]]
 T = TypeVar("T")
-DECAYED = ("kernel", "embedding")  # names of matrices; norms, biases and scalars are not decayed
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")  # names of matrices; norms, biases and scalars are not decayed
 
 
 class Algorithm(NamedTuple):
@@ -68,7 +68,7 @@ def _decayed(params: Params) -> Any:
 
 
 def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping the global norm; decay on kernels and embeddings only.
+    """AdamW (Loshchilov & Hutter 2019) after clipping the global norm; decay on matrices only, those of an adapter too.
 
     `total_steps` counts optimiser steps: iterations x epochs x minibatches. clip_norm <= 0 turns clipping off. Moments and
     updates are float32, whatever the parameters are.
