@@ -201,7 +201,7 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
 
 # What a program finds gone. The last copy of the weights for decoding is dropped before the next one is made, and an update is
 # not handed over before the rollout that read the copy is finished (`online.train`); scoring is, and finds the copy there.
-_ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy",)}
+_ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy", "ema to evaluate")}
 
 
 def _costs(name: str, jaxpr: Any, text: str, topology: topologies.Topology, turns: Turns) -> tuple[Cost, tuple[Cost, ...]]:
@@ -261,11 +261,16 @@ def estimate(name: str, flops: float, found: hlo.Report, chip: topologies.Chip) 
 def tree_bytes(tree: Any) -> float:
     """Bytes per device of a tree of abstract arrays with shardings; a leaf that occurs twice counts once, a parked one not."""
     total = 0
-    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree) if not parallel.is_parked(leaf)}.values():
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree) if not _elsewhere(leaf)}.values():
         shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) is not None else leaf.shape
         size = leaf.dtype.itemsize if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 8
         total += math.prod(shape) * size
     return float(total)
+
+
+def _elsewhere(leaf: Any) -> bool:
+    """Parked in memory that is not the devices' own, as a CPU's is."""
+    return parallel.is_parked(leaf) and next(iter(leaf.sharding.device_set)).platform != "cpu"
 
 
 def _needed_gib(message: str, capacity: float) -> float:

@@ -91,12 +91,18 @@ def abstract_programs(stage: str, settings: Any, mesh: Mesh) -> tuple[dict[str, 
         "actor": state.actor,
         "critic": state.critic,
         "ema": state.ema,
+        "ema to evaluate": None if state.ema is None else jax.tree.map(_cast, state.ema, state.actor.params),
         "reference": frozen.reference,
         "reward": frozen.reward,
         "base": (frozen.actor, frozen.critic),
         "decoding copy": steps["rollout"].args[0],
     }
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}
+
+
+def _cast(average: Any, param: Any) -> Any:
+    """The leaf that `OnlineSetup.average` makes, or None where it is that of the average."""
+    return None if average.dtype == param.dtype else programs.abstract(param.shape, param.dtype, param.sharding)
 
 
 def reference_of(settings: Any, begun: Callable[[], T], whole: Callable[[str | None], T]) -> T | None:

@@ -69,8 +69,9 @@ def parse(name: str) -> Topology:
     if kind == "cpu" or kind in GPUS:
         if shape or not int(number):
             raise UserError(f"--topology {name}: {kind} takes a number of devices, {kind}-8")
-        chip = GPUS.get(kind) or Chip(_host_memory_gib() / int(number), 1e11, 2e10, 1e10, 3e9, 1, ())
-        return Topology(name, "cpu" if kind == "cpu" else "cuda", kind, number, slices, int(number) * slices, chip)
+        devices = int(number) * slices
+        chip = GPUS.get(kind) or Chip(_host_memory_gib() / devices, 1e11, 2e10, 1e10, 3e9, 1, ())
+        return Topology(name, "cpu" if kind == "cpu" else "cuda", kind, number, slices, devices, chip)
     chip = CHIPS[kind]
     if shape is None:
         sizes = {_chips(each) * chip.cores: each for each in chip.shapes}

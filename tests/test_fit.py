@@ -253,6 +253,23 @@ def test_rows_that_are_refilled_cost_what_the_whole_batch_costs() -> None:
     assert whole == prefill + 4 * 7 * step
 
 
+def test_simulated_devices_share_the_memory_of_their_host() -> None:
+    assert topologies.parse("2xcpu-4").chip.hbm_gib == topologies.parse("cpu-8").chip.hbm_gib
+
+
+def test_what_is_resident_on_a_cpu_is_parked_nowhere_else_and_an_average_is_cast_to_be_evaluated() -> None:
+    sizes = {}
+    for offload in ((), ("reference",)):
+        model = config.Model(scratch=testing.tiny_scratch(), param_dtype="bfloat16", offload=offload)
+        run = dataclasses.replace(ONLINE, model=model, ppo=config.PPO(ema_decay=0.9))
+        (learn, rollout) = (fit.fit("ppo", run, topologies.parse("cpu-1"), only=(name,)) for name in ("learn", "rollout"))
+        sizes[offload] = learn.resident
+    assert sizes[()] == sizes["reference",]
+    assert sizes[()]["ema to evaluate"] == sizes[()]["ema"] / 2  # float32, and bfloat16 as the parameters
+    others = sum(size for name, size in sizes[()].items() if name not in ("decoding copy",))
+    assert rollout.rows[0].others_gib == pytest.approx(others)
+
+
 def test_between_slices_the_network_is_what_bounds() -> None:
     chip = topologies.CHIPS["v5e"]
     moved = {"all-reduce": hlo.Traffic(1, 2e9), "all-reduce between slices": hlo.Traffic(1, 1e9)}
