@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import build, health, parallel, scoring, setups
+from rlhf_jax import build, health, parallel, processes, scoring, setups
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.session import Session, open_session
 from rlhf_jax.setups import OfflineSetup
@@ -42,7 +42,7 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
       override: keys that may differ from the earlier run that is continued.
     Returns: the run's directory. Raises `UserError` for what a user can mend; what was saved stays.
     """
-    plan = setups.plan_offline(stage, settings)
+    plan = processes.together(lambda: setups.plan_offline(stage, settings))
     made: list[OfflineSetup] = []
 
     def restore(checkpoints: Any) -> Any:

@@ -56,7 +56,7 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
       override: keys that may differ from the earlier run that is continued.
     Returns: the run's directory. Raises `UserError` for what a user can mend; what was saved stays.
     """
-    plan = setups.plan_online(stage, settings)
+    plan = processes.together(lambda: setups.plan_online(stage, settings))
     made: list[OnlineSetup] = []
 
     def restore(checkpoints: Any) -> Any:

@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from rlhf_jax.errors import UserError
 
+T = TypeVar("T")
 _TEXT_BYTES = 8192
 _METADATA = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
@@ -90,14 +91,13 @@ def from_writer(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def text_from_writer(text: str) -> str:
-    """Process 0's text (at most 8 KiB of UTF-8; longer ones are cut), on every process."""
-    if jax.process_count() == 1:
-        return text
+def _text_from(process: int, text: str) -> str:
+    """That process's text (at most 8 KiB of UTF-8; longer ones are cut), on every process."""
     buffer = np.zeros(_TEXT_BYTES, np.uint8)
     data = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
     buffer[: len(data)] = data
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).rstrip(b"\0").decode(errors="ignore")
+    found = multihost_utils.broadcast_one_to_all(buffer, is_source=jax.process_index() == process)
+    return bytes(np.asarray(found)).rstrip(b"\0").decode(errors="ignore")
 
 
 def shared(make: Callable[[], Any]) -> Any:
@@ -114,10 +114,31 @@ def shared(make: Callable[[], Any]) -> Any:
 
 
 def fail_together(message: str) -> None:
-    """Raise UserError(message) on every process when any process has a message (the writer's wins); "" means all is well."""
-    if not any_process(bool(message)):
+    """Raise UserError on every process when any has a message: its own, else that of the first which has one; "": all is well."""
+    if jax.process_count() == 1:
+        failed = [bool(message)]
+    else:
+        failed = list(np.asarray(multihost_utils.process_allgather(np.array(bool(message)))).reshape(-1))
+    if not any(failed):
         return
-    raise UserError(text_from_writer(message) or message or "another process of this run failed; its own message says why")
+    first = failed.index(True)
+    told = message if jax.process_count() == 1 else _text_from(first, message)
+    raise UserError(message or f"process {first} of this run failed: {told}")
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make()` returns on this process. Where it raises UserError on any, it is raised on all.
+
+    For what each process does by itself, such as reading its copy of the data, before they first compute together.
+    """
+    try:
+        made, message = make(), ""
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        made, message = None, str(error)
+    fail_together(message)
+    return made  # type: ignore[return-value]
 
 
 def barrier(name: str) -> None:

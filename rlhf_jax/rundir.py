@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from rlhf_jax import integrity, processes
@@ -94,9 +95,11 @@ def open_run(
     config_text: the resolved configuration, YAML. fingerprints: {"data": fingerprint(path), "tokenizer": …, "reference": …}.
     override: keys whose difference from the earlier start is accepted. from_scratch: set an earlier run aside (as `earlier-1/`).
     devices: how many there are; another number than before is told (results stay right, bit-equality is off).
-    With several processes all call it, process 0 alone touches the directory, and all fail together.
+    With several processes all call it, process 0 alone touches the directory, and all fail together: also where one of them has
+    another configuration or other inputs than process 0, for they would train a mixture of two runs.
     """
     path = Path(out).absolute()
+    processes.fail_together(_difference(without_secrets(config_text), dict(fingerprints)))
     opened, message = None, ""
     if processes.is_writer():
         try:
@@ -122,6 +125,24 @@ def fingerprint(source: str | os.PathLike[str] | None) -> str:
         entries = integrity.hash_files(path, names)
         return f"directory:{integrity.hash_text(json.dumps(entries, sort_keys=True))}"
     return f"name:{source}"
+
+
+def _difference(config_text: str, fingerprints: dict[str, str]) -> str:
+    """What this process has otherwise than process 0, or ""."""
+    if jax.process_count() == 1:
+        return ""
+    mine = _flat(yaml.safe_load(config_text) or {}) | {f"contents of {name}": text for name, text in fingerprints.items()}
+    theirs = processes.shared(lambda: mine)
+    lines = [
+        f"  {key}: {_short(theirs.get(key))} there, {_short(mine.get(key))} here"
+        for key in sorted(theirs.keys() | mine.keys())
+        if theirs.get(key) != mine.get(key)
+    ]
+    if not lines:
+        return ""
+    more = [f"  … {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    first = f"{socket.gethostname()} (process {jax.process_index()}) has another configuration or other inputs than process 0:"
+    return "\n".join([first, *lines[:_SHOWN], *more, "Give every process of a run the same command, configuration and files."])
 
 
 def _open(

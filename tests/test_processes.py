@@ -96,7 +96,10 @@ def test_a_tpu_vm_asks_its_metadata_server(workers, several, joined, metadata):
 def test_one_process_answers_at_once():
     assert processes.shared(lambda: {"values": [0.1]}) == {"values": [0.1]}
     assert processes.any_process(True)
-    assert processes.text_from_writer("x") == "x"
+    assert processes.together(lambda: "x") == "x"
+    with pytest.raises(UserError, match="^no$"):
+        processes.fail_together("no")
+    processes.fail_together("")
 
 
 def test_processes_hold_equally_many_devices():

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,14 @@ def start(arguments: list[Any], *, point: str = "none", devices: int = 1, **vari
     return subprocess.Popen(words, env=environment(devices) | variables, **pipes)
 
 
-def start_several(arguments: list[Any], *, processes: int, devices: int) -> list[subprocess.Popen[str]]:
-    """The same command in several processes of one run, each with its share of the devices."""
+def start_several(arguments: list[Any], *, processes: int, devices: int, last: Sequence[Any] = ()) -> list[subprocess.Popen[str]]:
+    """The same command in several processes of one run, each with its share of the devices; `last`: told to the last alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [start(arguments, devices=devices, JAX_PROCESS_ID=str(number), **shared) for number in range(processes)]
+    told = [arguments] * (processes - 1) + [[*arguments, *last]]
+    return [start(words, devices=devices, JAX_PROCESS_ID=str(n), **shared) for n, words in enumerate(told)]
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 3000) -> tuple[int, str]:

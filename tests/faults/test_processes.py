@@ -62,3 +62,31 @@ def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_ste
                     assert value == pytest.approx(other[key], rel=2e-4, abs=2e-5), (row["step"], key)
                 elif not isinstance(value, float):
                     assert value == other[key], (row["step"], key)
+
+
+def test_processes_of_one_run_have_one_configuration_and_the_same_files(tmp_path):
+    """Or they would train a mixture of two runs, each device by its own process's rule."""
+    config, other = stages.write_configs(tmp_path)["reward"], tmp_path / "other.jsonl"
+    other.write_text("".join((tmp_path / "pairs.jsonl").read_text().splitlines(keepends=True)[::-1]))
+    scratch = "model={scratch: {width: 32, layers: 1, heads: 2, kv_heads: 1, mlp_width: 48, max_length: 64}}"
+    last = ["optimizer.learning_rate=0.5", f"data.path={other}"]
+    both = stages.start_several(["reward", config, scratch], processes=2, devices=1, last=last)
+    for number, (status, text) in enumerate(stages.finish(process, 120) for process in both):
+        assert status == 2, text
+        assert ("process 1 of this run failed: " in text) == (number == 0)
+        assert "(process 1) has another configuration or other inputs than process 0" in text
+        for line in ("optimizer.learning_rate: 0.001 there, 0.5 here", "data.path: ", "contents of data: "):
+            assert line in text
+    assert not list((tmp_path / "reward").glob("*"))
+
+
+def test_what_one_process_cannot_read_ends_all_with_its_message(tmp_path):
+    config, other = stages.write_configs(tmp_path)["sft"], tmp_path / "other.jsonl"
+    other.write_text('{"text": "a good hotel"}\n{"text":\n')
+    last = ["data.task=null", f"data.path={other}"]
+    both = stages.start_several(["sft", config], processes=2, devices=1, last=last)
+    (status, text), (own_status, own) = (stages.finish(process, 120) for process in both)
+    assert (status, own_status) == (2, 2), text + own
+    assert f"process 1 of this run failed: {other}" in text
+    assert str(other) in own
+    assert "Traceback" not in text + own
