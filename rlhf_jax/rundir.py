@@ -33,6 +33,7 @@ _FORMAT = 1
 _LINES = ("metrics.jsonl", "samples.jsonl")
 _OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary.json", "report.html", *_LINES)
 _OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
+_AROUND = ("tensorboard", "wandb", "profile", ".tracker_id")  # set aside with a run; by themselves they make none
 _FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
 _MAY_BE_MENDED = {"reward.functions"}  # a run that stopped at a faulty one goes on with another: told, not refused
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
@@ -323,6 +324,7 @@ def _set_aside(path: Path, say: Callable[[str], None]) -> None:
     names = _ours(path)
     if not names:
         return
+    names += [name for name in _AROUND if (path / name).exists()]
     aside = next(path / f"earlier-{n}" for n in range(1, 10_000) if not (path / f"earlier-{n}").exists())
     aside.mkdir()
     for name in sorted(

@@ -148,7 +148,7 @@ def open_session(
             out,
             stage,
             total_steps=settings.steps,
-            backends=settings.log.backends,
+            backends=settings.log.backends if directory.completed_step is None else (),
             resume_step=directory.completed_step if restored is None else restored.step,
             config=dataclasses.asdict(settings),
         )

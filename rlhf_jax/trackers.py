@@ -1,12 +1,14 @@
 """More places for metrics: TensorBoard, wandb, trackio, mlflow. None is installed with the package, none can stop a run.
 
 Whatever goes wrong (not installed, no key, no network, a full disk) is said once, by name and with the remedy; the run goes
-on, and metrics.jsonl holds everything. A continued run continues the same record where the service can.
+on, and metrics.jsonl holds everything. A continued run continues the same record. TensorBoard then holds what metrics.jsonl
+holds, wandb and mlflow pass over the rows that come again, trackio shows them twice (what was killed and what was made anew).
 """
 
 import importlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,12 +108,23 @@ def _open(name: str, about: Start) -> Tracker | None:
 
 
 def _tensorboard(module: Any, about: Start):
-    purge = None if about.resume_step is None else about.resume_step + 1
-    writer = module.SummaryWriter(str(about.run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
+    """One event a row, in the file when `send` returns: SummaryWriter's queue dies with a run that is killed."""
+    names = ("event_file_writer", "proto.event_pb2", "proto.summary_pb2")
+    files, event, summary = (importlib.import_module(f"{module.__name__}.{name}") for name in names)
+    folder = about.run_dir / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    writer = files.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+
+    def write(step: int, **content: Any) -> None:
+        writer.write_event(event.Event(wall_time=time.time(), step=step, **content))
+        writer.flush()
+
+    # TensorBoard drops what older files hold from this step on, all of it when a run begins anew.
+    write(0 if about.resume_step is None else about.resume_step + 1, session_log=event.SessionLog(status=event.SessionLog.START))
 
     def send(step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, step)
+        values = [summary.Summary.Value(tag=key, simple_value=value) for key, value in metrics.items()]
+        write(step, summary=summary.Summary(value=values))
 
     return send, writer.close
 
@@ -150,16 +163,26 @@ def _trackio(module: Any, about: Start):
 
 
 def _mlflow(module: Any, about: Start):
-    module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    module.set_experiment(experiment)
     tags = {"rlhf_jax.run": about.identity, "rlhf_jax.stage": about.stage}
-    run_id = module.start_run(run_name=f"{about.name}/{about.stage}", tags=tags).info.run_id
-    limit = 100  # parameters that mlflow takes in one call
-    items = [(key, str(value)[:500]) for key, value in about.config.items()]
-    for begin in range(0, len(items), limit):
-        module.log_params(dict(items[begin : begin + limit]))
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    earlier = module.search_runs(experiment_names=[experiment], filter_string=query, output_format="list")
+    if earlier:
+        run_id = earlier[0].info.run_id
+        module.start_run(run_id=run_id)
+        there = module.MlflowClient().get_metric_history(run_id, "memory/peak_mb")  # a name that every row has
+    else:
+        run_id, there = module.start_run(run_name=f"{about.name}/{about.stage}", tags=tags).info.run_id, []
+        limit = 100  # parameters that mlflow takes in one call
+        items = [(key, str(value)[:500]) for key, value in about.config.items()]
+        for begin in range(0, len(items), limit):
+            module.log_params(dict(items[begin : begin + limit]))
+    newest = max((metric.step for metric in there), default=0)  # a step may have two rows: its own, its evaluation's
 
     def send(step: int, metrics: Mapping[str, float]) -> None:
-        module.log_metrics(dict(metrics), step=step, run_id=run_id)
+        if step >= newest:
+            module.log_metrics(dict(metrics), step=step, run_id=run_id)
 
     return send, module.end_run
 

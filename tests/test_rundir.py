@@ -135,6 +135,8 @@ def test_from_scratch_sets_the_earlier_run_aside_and_deletes_nothing(tmp_path):
             (tmp_path / "metrics.jsonl").write_text(f"{number}")
             (tmp_path / "checkpoints").mkdir()
             (tmp_path / "final-critic").mkdir()
+            (tmp_path / "tensorboard").mkdir()
+            (tmp_path / ".tracker_id").write_text("who")
     open_run(tmp_path, text(seed=3), PRINTS, from_scratch=True, say=lambda line: None).close()
     assert [(tmp_path / f"earlier-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [

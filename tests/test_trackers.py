@@ -49,14 +49,14 @@ def fake(monkeypatch) -> Fake:
     errors = types.SimpleNamespace(Error=ServiceError)
     wandb = made.module("wandb", init=made.method("init", run), Settings=lambda **kw: kw, errors=errors)
     trackio = made.module("trackio", init=made.method("init", run))
-    writer = types.SimpleNamespace(add_scalar=made.method("add_scalar"), close=made.method("close"))
-    board = made.module("tensorboardX", SummaryWriter=lambda *a, **k: (made.method("writer")(*a, **k), writer)[1])
     started = types.SimpleNamespace(info=types.SimpleNamespace(run_id="r1"))
     names = ("set_experiment", "log_params", "log_metrics", "end_run")
     exceptions = types.SimpleNamespace(MlflowException=ServiceError)
     methods = {name: made.method(name) for name in names} | {"start_run": made.method("start_run", started)}
-    mlflow = made.module("mlflow", exceptions=exceptions, **methods)
-    for module in (wandb, trackio, board, mlflow):
+    there = {"search_runs": lambda **_: [started] if made.named("start_run") else [], "MlflowClient": lambda: client}
+    client = types.SimpleNamespace(get_metric_history=lambda *_: [types.SimpleNamespace(step=n) for n in (0, 9, 8)])
+    mlflow = made.module("mlflow", exceptions=exceptions, **methods, **there)
+    for module in (wandb, trackio, mlflow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
@@ -112,8 +112,16 @@ def test_a_continued_run_is_the_same_record(fake, tmp_path):
     assert ids[0] == ids[2]
     assert ids[1] == ids[3]
     assert ids[0] != ids[4]
-    start(tmp_path, "tensorboard", resume_step=7)
-    assert fake.named("writer")[-1][2]["purge_step"] == 8
+
+
+def test_mlflow_goes_on_in_the_same_run_and_gets_no_row_twice(fake, tmp_path):
+    start(tmp_path, "mlflow")
+    (again,) = start(tmp_path, "mlflow", resume_step=7)
+    for step in (8, 9, 10):
+        again.log(step, {"kl/coef": 0.1})
+    assert fake.named("start_run")[-1][2] == {"run_id": "r1"}
+    assert len(fake.named("log_params")) == 1
+    assert [call[2]["step"] for call in fake.named("log_metrics")] == [9, 10]  # of step 9 the evaluation may be missing there
 
 
 @pytest.mark.parametrize("name", sorted(trackers.EXTRAS))
@@ -155,9 +163,30 @@ def test_no_backend_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_itself_writes_events(tmp_path):
-    (tracker,) = start(tmp_path, "tensorboard")
-    assert tracker.log(1, {"reward/score": 0.25})
-    assert tracker.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"reward/score" in events.read_bytes()
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows: the events of all files, without those that a later start declares void."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown: list[tuple[int, float]] = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # length u64, its checksum u32, the event, its checksum u32
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                shown = [point for point in shown if point[0] < event.step]
+            shown += [(event.step, value.simple_value) for value in event.summary.value if value.tag == tag]
+    return shown
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds_whenever_the_run_is_killed(tmp_path):
+    """Begun, killed without a checkpoint, begun again, killed, continued: no tracker is closed before all is read."""
+    killed = []
+    for first, last, resume_step in ((0, 3, None), (0, 9, None), (8, 14, 7)):
+        (tracker,) = start(tmp_path, "tensorboard", resume_step=resume_step)
+        killed.append(tracker)
+        for step in range(first, last + 1):
+            assert tracker.log(step, {"reward/score": step + 0.25, "kl/coef": 0.5})
+        assert [step for step, _ in curve(tmp_path / "tensorboard", "kl/coef")] == list(range(last + 1))
+    assert curve(tmp_path / "tensorboard", "reward/score") == [(step, step + 0.25) for step in range(15)]
+    assert all(tracker.close() for tracker in killed)

@@ -203,10 +203,11 @@ def test_row_20_resuming_at_the_end_of_an_epoch_and_of_the_run(command, sft, fin
     assert "continuing from step 8" in text
     assert stages.outcome(out) == whole
     assert stages.rows(out / "metrics.jsonl") == rows
-    status, text = command("sft", sft, *keys)
+    status, text = command("sft", sft, *keys, "log.backends=[tensorboard]")
     assert status == 0
     assert "already complete at step 10" in text
     assert stages.outcome(out) == whole
+    assert not (out / "tensorboard").exists()  # a service is not told of a run that makes no step
 
 
 def test_row_20_a_run_killed_before_its_export_exports_when_it_is_resumed_at_the_end(command, interrupted, finished):
