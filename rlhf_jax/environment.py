@@ -103,6 +103,13 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all(mallopt(key, value) for key, value in MALLOPT)
 
 
+def give_back() -> None:
+    """Memory that is free in this process goes back to the system at once: after what needs much of it and comes once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 @functools.cache
 def give_back_after_compiling() -> None:
     """With `keep_freed_memory`: what the compiler used goes back to the system, or it lies beside what the run uses.
@@ -111,10 +118,8 @@ def give_back_after_compiling() -> None:
     """
     import jax
 
-    trim = ctypes.CDLL(None).malloc_trim
-
     def compiled(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED and duration_secs >= TRIM_FROM_S:
-            trim(0)
+            give_back()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
