@@ -20,13 +20,20 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import directory as dirs
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.families import family_of
-from rlhf_jax.models.rules import Stored, stored_tensors
+from rlhf_jax.models.load import canonical
+from rlhf_jax.models.rules import Part, Stored, stored_tensors
 from rlhf_jax.models.save import host, scalar_name
 from rlhf_jax.models.spec import Leaf, Spec, leaves
 from rlhf_jax.types import Calibration, Params, join
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 FILE, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+# Keys of adapter_config.json that make another function of the same tensors, or belong to a base with other weights.
+CHANGING = (
+    *("use_dora", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices"),
+)
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # how init_lora_weights begins where it takes from the base
 CALIBRATION = "calibration.json"  # {"mean", "std"} of a reward model: PEFT's file has no place for it
 
 
@@ -134,7 +141,7 @@ def save_adapter(
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
         if len(a) != lora.rank:
             ranks[module] = len(a)
-    targets = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}
+    targets = _target_modules(spec, [name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors])
     own = scalar_name(family_of(spec.model_type), head)
     for name, value in adapter.get("score", {}).items():
         tensors[f"{PREFIX}{own}.{'weight' if name == 'kernel' else name}"] = np.ascontiguousarray(value.T, np.float32)
@@ -144,7 +151,7 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": sorted(targets),
+        "target_modules": targets,
         "rank_pattern": ranks,
         "alpha_pattern": {module: lora.alpha * rank / lora.rank for module, rank in ranks.items()},
         "modules_to_save": [own] if "score" in adapter else None,
@@ -161,6 +168,18 @@ def save_adapter(
     (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if calibration is not None:
         (path / CALIBRATION).write_text(json.dumps(calibration._asdict()) + "\n", encoding="utf-8")
+
+
+def _target_modules(spec: Spec, adapted: list[str]) -> list[str] | str:
+    """What PEFT finds the adapted modules by: the ends of their names, or the whole where others end alike; no vision tower."""
+    family = family_of(spec.model_type)
+    ends = {name.rpartition(".")[2] for name in adapted}
+    if family.prefix.startswith("language_model."):
+        return rf".*language_model\..*\.({'|'.join(sorted(ends))})"
+    stored = stored_tensors(spec, family.rules(spec), "none").items()
+    others = {name.removesuffix(".weight") for name, found in stored if found.inputs is not None} - set(adapted)
+    alike = ends & {name.rpartition(".")[2] for name in others}
+    return sorted(ends - alike | {name for name in adapted if name.rpartition(".")[2] in alike})
 
 
 def _adapted(spec: Spec, adapter: Params) -> list[tuple[str, Stored, list]]:
@@ -209,15 +228,16 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
     """
     directory = Path(path)
     found = dirs.read_json(directory / CONFIG)
-    if found.get("peft_type") != "LORA" or found.get("use_dora") or found.get("bias", "none") != "none":
-        raise UserError(f"{directory / CONFIG}: only plain LoRA without biases is supported (no DoRA, peft_type LORA)")
+    _check_plain(directory / CONFIG, found)
     if not (directory / FILE).is_file():
         raise UserError(f"{directory}: has no {FILE}; save the adapter as safetensors")
     reader = st.Reader(directory / FILE)
-    arrays = {name.removeprefix(PREFIX): reader.array(name).astype(np.float32) for name in reader.entries}
-    default = _scaling(found, None)
+    family = family_of(spec.model_type)
+    named = {canonical(name.removeprefix(PREFIX), family, ()): name for name in reader.entries}
+    arrays = {name: reader.array(theirs).astype(np.float32) for name, theirs in named.items()}
+    default = _scaling(found, None) or 1.0
     places: dict[tuple[str, ...], list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]] = {}
-    for name, stored in stored_tensors(spec, family_of(spec.model_type).rules(spec), "none").items():
+    for name, stored in stored_tensors(spec, family.rules(spec), "none").items():
         module = name.removesuffix(".weight")
         a, b = arrays.get(f"{module}.lora_A.weight"), arrays.get(f"{module}.lora_B.weight")
         if a is None or b is None or stored.inputs is None:
@@ -229,10 +249,10 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
                 f"{directory}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}; "
                 f"must be [rank, {inputs}] and [{outputs}, rank]"
             )
-        b = b * (_scaling(found, module) / default)
-        b = b if stored.inputs == 1 else b.T
-        for part in stored.parts:
-            places.setdefault(part.leaf[:-1], []).append((part.index, a.T, part.view(b).reshape(len(a), -1)))
+        theirs = named[f"{module}.lora_A.weight"].removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        b = b * (_scaling(found, theirs) / default)
+        for part, a_own, b_own in _parts(stored, a, b if stored.inputs == 1 else b.T, found, module):
+            places.setdefault(part.leaf[:-1], []).append((part.index, a_own.T, b_own))
     table, params = leaves(spec, head), {}
     for leaf, pairs in places.items():
         kernel, rank, (lead, _, _) = _leaf(table, (*leaf, "kernel")), max(a.shape[1] for _, a, _ in pairs), pairs[0]
@@ -256,6 +276,33 @@ def load_adapter(path: str | Path, spec: Spec, *, head: str = "lm", dtype: Any =
     )
 
 
+def _parts(stored: Stored, a: np.ndarray, b: np.ndarray, content: dict[str, Any], module: str) -> list[tuple[Part, Any, Any]]:
+    """(part, A [rank, in], B [rank, out]) of what a stored matrix holds; what `_fuse` put together comes apart again."""
+    views = [(part, a, part.view(b).reshape(len(a), -1)) for part in stored.parts]
+    rank, number = content["r"], len(views)
+    if number == 1 or not (content.get("rank_pattern") or {}).get(module) == len(a) == rank * number:
+        return views
+    blocks = [slice(n * rank, (n + 1) * rank) for n in range(number)]
+    if any(np.any(np.delete(own, block, 0)) for (_, _, own), block in zip(views, blocks, strict=True)):
+        return views
+    found = [(part, a[block], own[block]) for (part, _, own), block in zip(views, blocks, strict=True)]
+    return [entry for entry in found if np.any(entry[1])]
+
+
+def _check_plain(file: Path, content: dict[str, Any]) -> None:
+    """Raise `UserError` where an adapter is not W + alpha / rank A B on the weights of its base."""
+    if content.get("peft_type") != "LORA" or content.get("bias", "none") != "none":
+        raise UserError(f"{file}: only LoRA without biases is supported (peft_type LORA, bias none)")
+    wrong = [key for key in CHANGING if content.get(key)]
+    if str(content.get("init_lora_weights")).startswith(CHANGED_BASE):
+        wrong.append("init_lora_weights")
+    if wrong:
+        raise UserError(
+            f"{file}: {wrong[0]} is {content[wrong[0]]!r}, which is more than plain LoRA on its base's own weights; "
+            "merge it with PEFT (merge_and_unload) and give the merged model"
+        )
+
+
 def _scaling(content: dict[str, Any], module: str | None) -> float:
     """alpha / rank of a module, by the patterns that PEFT matches with the end of its name."""
 
@@ -266,7 +313,9 @@ def _scaling(content: dict[str, Any], module: str | None) -> float:
             raise UserError(f"{CONFIG}: a pattern of rank_pattern or alpha_pattern is no regular expression: {error}") from None
         return found[0] if found else default
 
-    rank, alpha = value(content.get("rank_pattern"), content["r"]), value(content.get("alpha_pattern"), content["lora_alpha"])
+    rank, alpha = (value(content.get(f"{of}_pattern"), content.get(key)) for of, key in (("rank", "r"), ("alpha", "lora_alpha")))
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise UserError(f"{CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; must be a whole number above 0, and a number")
     return alpha / math.sqrt(rank) if content.get("use_rslora") else alpha / rank
 
 

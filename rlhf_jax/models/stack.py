@@ -185,7 +185,7 @@ def embed(d: Decoder, params: Params, tokens: jax.Array, positions: jax.Array) -
     if d.spec.embed_scale != 1.0:
         x *= jnp.asarray(d.spec.embed_scale, x.dtype)
     if "project_in" in params:
-        x = dense(params["project_in"], x)
+        x = dense(params["project_in"], x, d.lora_scale)
     if "positions" in params:
         x += params["positions"]["embedding"].astype(x.dtype)[positions + d.spec.position_offset]
     if "embed_norm" in params:
@@ -197,7 +197,7 @@ def finish(d: Decoder, params: Params, x: jax.Array) -> jax.Array:
     if "final_norm" in params:
         x = normalise(d.spec, params["final_norm"], x)
     if "project_out" in params:
-        x = dense(params["project_out"], x)
+        x = dense(params["project_out"], x, d.lora_scale)
     return d.constrain(x, ("batch", "seq", None))
 
 

@@ -1,6 +1,8 @@
 """Adapters: they begin at nothing, merge exactly, share their base, and travel in PEFT layout."""
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -61,12 +63,123 @@ def test_peft_layout_round_trip(name, tmp_path):
     assert all(n.startswith("base_model.model.") and n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names)
     again = lora.load_adapter(tmp_path / "adapter", found.spec)
     assert again.scale == SCALE
+    jax.tree.map(np.testing.assert_array_equal, again.params, adapter)  # fused matrices come apart again
     if name == "llama":
-        jax.tree.map(np.testing.assert_array_equal, again.params, adapter)
         key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         assert names[key].shape == (3, 32)
     expected = states(found.spec, join(found.params, adapter))
     np.testing.assert_allclose(states(found.spec, join(found.params, again.params)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("o",), ("up", "o")])
+def test_what_was_not_adapted_in_a_fused_matrix_stays_so(targets, tmp_path):
+    """A run goes on from its own adapter with its own rank and targets; PEFT finds the modules that have one, and no other."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "gpt2"))
+    adapter = trained(found.spec, settings=Lora(rank=3, alpha=6.0, targets=targets))
+    for tree in (adapter, jax.tree_util.tree_map_with_path(lambda at, x: x * (at[-1].key == "lora_a"), adapter)):  # trained, new
+        lora.save_adapter(tmp_path / "adapter", found.spec, tree, SETTINGS)
+        jax.tree.map(np.testing.assert_array_equal, lora.load_adapter(tmp_path / "adapter", found.spec).params, tree)
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    modules = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    hit = [m for m in modules if any(m == t or m.endswith(f".{t}") for t in content["target_modules"])]  # as PEFT does
+    names = st.Reader(tmp_path / "adapter" / lora.FILE).entries
+    assert hit == [m for m in modules if f"base_model.model.{m}.lora_A.weight" in names]
+
+
+def test_blocks_that_others_filled_stay_one_matrix(tmp_path):
+    """PEFT may train our adapter on: what is no longer zero off the blocks belongs to all of them."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "gpt2"))
+    adapter = trained(found.spec, settings=Lora(rank=3, alpha=6.0, targets=("q", "v")))
+    lora.save_adapter(tmp_path / "adapter", found.spec, adapter, SETTINGS)
+    file = tmp_path / "adapter" / lora.FILE
+    tensors = {name: np.array(st.Reader(file).array(name)) for name in st.Reader(file).entries}
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_"
+    tensors[f"{name}B.weight"][0, 4] = 1.0  # a query, of the key's block
+    st.write(file, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    q = lora.load_adapter(tmp_path / "adapter", found.spec).params["layers"]["attention"]["q"]
+    assert q["lora_a"].shape[-1] == 9
+    whole = tensors[f"{name}B.weight"] @ tensors[f"{name}A.weight"]
+    np.testing.assert_allclose(q["lora_a"][0] @ q["lora_b"][0], whole[:32].T, atol=1e-6)
+
+
+def test_adapters_around_the_layers_are_applied(tmp_path):
+    """PEFT's all-linear reaches OPT-350m's project_in and project_out."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "opt_350m"))
+    lora.save_adapter(tmp_path / "adapter", found.spec, trained(found.spec), SETTINGS)
+    file = tmp_path / "adapter" / lora.FILE
+    tensors = {name: np.array(st.Reader(file).array(name)) for name in st.Reader(file).entries}
+    for name in ("project_in", "project_out"):
+        outputs, inputs = found.params[name]["kernel"].shape[::-1]
+        for part, shape in (("A", (3, inputs)), ("B", (outputs, 3))):
+            values = np.linspace(-0.3, 0.2, shape[0] * shape[1], dtype=np.float32).reshape(shape)
+            tensors[f"base_model.model.model.decoder.{name}.lora_{part}.weight"] = values
+    st.write(file, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    adapter = lora.load_adapter(tmp_path / "adapter", found.spec).params
+    adapted = states(found.spec, join(found.params, adapter))
+    np.testing.assert_allclose(states(found.spec, lora.merge(found.params, adapter, scale=SCALE)), adapted, atol=1e-4, rtol=0)
+
+
+def test_the_text_half_of_a_model_with_a_vision_tower(tmp_path):
+    """transformers names its modules otherwise in memory, where PEFT saves, than in the files of the model."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "gemma3_text"))
+    spec, adapter = dataclasses.replace(found.spec, model_type="gemma3"), trained(found.spec)
+    lora.save_adapter(tmp_path / "adapter", spec, adapter, SETTINGS)
+    file, config = tmp_path / "adapter" / lora.FILE, tmp_path / "adapter" / lora.CONFIG
+    content = json.loads(config.read_text())
+    assert re.fullmatch(content["target_modules"], "model.language_model.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(content["target_modules"], "model.vision_tower.encoder.layers.0.self_attn.q_proj")
+    names = {name.replace("language_model.model.", "model.language_model."): name for name in st.Reader(file).entries}
+    tensors = {new: np.array(st.Reader(file).array(old)) for new, old in names.items()}
+    st.write(file, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
+    first = "model.language_model.layers.0.self_attn.q_proj"
+    config.write_text(json.dumps(content | {"alpha_pattern": {first: 12.0}}))
+    again = lora.load_adapter(tmp_path / "adapter", spec).params
+    q = again["layers"]["attention"]["q"]
+    q["lora_b"] = np.array(q["lora_b"]) / np.array([2.0, 1.0, 1.0, 1.0])[:, None, None]  # its alpha is twice the others'
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "only LoRA"),
+        ({"bias": "all"}, "only LoRA without biases"),
+        *[({key: [1]}, f"{key} is .1., which is more than plain LoRA") for key in lora.CHANGING],
+        *[({"init_lora_weights": f"{name}_x"}, f"init_lora_weights is '{name}_x'") for name in lora.CHANGED_BASE],
+        ({"r": 0}, "r is 0 and lora_alpha 6.0; must be a whole number above 0"),
+        ({"r": None}, "r is None"),
+        ({"rank_pattern": {"q_proj": "3"}}, "r is '3'"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused(changes, message, small_adapter):
+    directory, spec = small_adapter
+    kept = json.loads((directory / lora.CONFIG).read_text())
+    (directory / lora.CONFIG).write_text(json.dumps(kept | changes))
+    with pytest.raises(UserError, match=message):
+        lora.load_adapter(directory, spec)
+    (directory / lora.CONFIG).write_text(json.dumps(kept))
+
+
+def test_an_alpha_of_nothing(small_adapter):
+    """Alpha 0 is an adapter that changes nothing, as PEFT reads it; "gaussian" only says where A came from."""
+    directory, spec = small_adapter
+    kept = json.loads((directory / lora.CONFIG).read_text())
+    (directory / lora.CONFIG).write_text(json.dumps(kept | {"lora_alpha": 0, "init_lora_weights": "gaussian"}))
+    found = lora.load_adapter(directory, spec).params["layers"]["attention"]["q"]
+    (directory / lora.CONFIG).write_text(json.dumps(kept))
+    assert np.any(found["lora_a"])
+    assert not np.any(found["lora_b"])
+
+
+@pytest.fixture(scope="module")
+def small_adapter(tmp_path_factory):
+    """A directory with an adapter of the queries of llama, and its spec."""
+    directory = tmp_path_factory.mktemp("small")
+    spec = load_checkpoint(ref.checkpoint(directory, "llama")).spec
+    settings = Lora(rank=3, alpha=6.0, targets=("q",))
+    lora.save_adapter(directory / "adapter", spec, trained(spec, settings=settings), settings)
+    return directory / "adapter", spec
 
 
 def test_decoding_applies_the_adapter(tmp_path):
@@ -168,10 +281,6 @@ def test_targets_and_adapters_that_do_not_fit(tmp_path):
     other = load_checkpoint(ref.checkpoint(tmp_path, "llama")).spec
     with pytest.raises(UserError, match="do not belong"):
         lora.load_adapter(tmp_path / "adapter", other)
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
-    with pytest.raises(UserError, match="DoRA"):
-        lora.load_adapter(tmp_path / "adapter", found.spec)
     experts = load_checkpoint(ref.checkpoint(tmp_path, "gpt_oss")).spec
     with pytest.raises(UserError, match="merge the adapter"):
         lora.save_adapter(tmp_path / "oss", experts, trained(experts), SETTINGS)
