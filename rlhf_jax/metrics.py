@@ -145,12 +145,14 @@ class Recorder:
         process: int | None = None,
         config: Mapping[str, Any] | None = None,
     ):
+        several = False
         if process is None:
             import jax
 
-            process = jax.process_index()
+            process, several = jax.process_index(), jax.process_count() > 1
         self.run_dir, self.stage, self.total_steps = Path(run_dir), stage, total_steps
-        self._writes = process == 0
+        self._writes, self._several = process == 0, several
+        self.failed = ""  # with several processes: why a row could not be written; the loop stops all of them together
         self._held = -1 if resume_step is None else resume_step  # rows up to this step are in the files already
         self._step = max(self._held, 0)
         self._phases: dict[str, dict[str, Any]] = {}
@@ -311,8 +313,13 @@ class Recorder:
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         path = self.run_dir / name
-        with _explained(path), path.open("ab", buffering=0) as file:
-            file.write(lines.encode())
+        try:
+            with _explained(path), path.open("ab", buffering=0) as file:
+                file.write(lines.encode())
+        except UserError as error:
+            if not self._several:
+                raise
+            self.failed = self.failed or str(error)
 
     def _prepare_files(self) -> None:
         """Remove what the run is about to write again; take over the time already spent."""

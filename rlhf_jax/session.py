@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import config, config_table, health, metrics, parallel, report
+from rlhf_jax import config, config_table, health, metrics, parallel, processes, report
 from rlhf_jax.checkpoint import Checkpoints, Restored
 from rlhf_jax.profiling import Profile
 from rlhf_jax.rundir import RunDir, open_run
@@ -42,7 +42,12 @@ class Session:
     def pause_due(self, step: int) -> bool:
         """The loop must read everything it has dispatched: to evaluate, to save, or because it was asked to stop."""
         self.interrupts.unsaved = True
-        return self.interrupts.poll() or self.evaluation_due(step) or self.save_due(step) or self.profile.alone(step)
+        return (
+            self.interrupts.poll(bool(self.recorder.failed))
+            or self.evaluation_due(step)
+            or self.save_due(step)
+            or self.profile.alone(step)
+        )
 
     def begin(self, step: int) -> None:
         """Step `step` is about to be dispatched."""
@@ -77,6 +82,7 @@ class Session:
 
     def settle(self, step: int, state: Any) -> None:
         """After a pause whose rows are written: save if that is due, leave if it was asked (raises `signals.Stopped`)."""
+        processes.fail_together(self.recorder.failed)
         asked = self.interrupts.poll()
         if asked or self.save_due(step):
             self.directory.sync()
@@ -86,8 +92,8 @@ class Session:
         if asked:
             raise self.interrupts.stopped(step)
         if self.evaluation_due(step):
-            self.recorder.summary()
-            self.show()
+            processes.together(self.recorder.summary)
+            processes.together(self.show)
         self.watchdog.pause()
 
     def show(self) -> None:

@@ -56,9 +56,9 @@ class Interrupts:
         """This process was asked to stop. The loop uses `poll`, on which all processes agree."""
         return self._asked.is_set()
 
-    def poll(self) -> bool:
-        """True on every process once any was asked to stop. Call it at the same point of the loop on all of them."""
-        return processes.any_process(self.asked)
+    def poll(self, failed: bool = False) -> bool:
+        """True on every process once any was asked to stop, or has failed. Call it at the same point of the loop on all."""
+        return processes.any_process(self.asked or failed)
 
     @property
     def unsaved(self) -> bool:

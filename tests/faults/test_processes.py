@@ -90,3 +90,19 @@ def test_what_one_process_cannot_read_ends_all_with_its_message(tmp_path):
     assert f"process 1 of this run failed: {other}" in text
     assert str(other) in own
     assert "Traceback" not in text + own
+
+
+def test_a_row_that_process_0_cannot_write_ends_all_with_its_message(tmp_path, command):
+    arguments = ["sft", stages.write_configs(tmp_path)["sft"], "log.eval_every=0", "optimizer.schedule=constant"]
+    status, text = command(*arguments, "steps=1")
+    assert status == 0, text
+    rows = tmp_path / "sft" / "metrics.jsonl"
+    rows.unlink()
+    rows.symlink_to("/dev/full")
+    both = stages.start_several([*arguments, "--resume-override", "steps"], processes=2, devices=1)
+    (status, text), (other_status, other) = (stages.finish(process, 120) for process in both)
+    assert (status, other_status) == (2, 2), text + other
+    assert f"{rows}: " in text
+    assert "No space left on device" in text
+    assert f"process 0 of this run failed: {rows}: " in other
+    assert "Traceback" not in text + other
