@@ -70,7 +70,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):  # a line that a killed process did not finish
                 row = json.loads(line)
-                if isinstance(row, dict):
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
                     rows.append(row)
     return rows
 
@@ -160,10 +160,12 @@ class Recorder:
         self._open_phases: list[tuple[str, list[bool]]] = []  # name; not empty: the device's time counts, not the host's
         self._stopwatch = Stopwatch()
         self._before_s = 0.0  # seconds that the run took before it was continued
-        if self._writes:
-            self._prepare_files()
+        removed = self._prepare_files() if self._writes else ()
         self._mark = self._began = time.monotonic()
         self._line = ProgressLine(stage, total_steps) if self._writes and console else None
+        if removed and resume_step is None:
+            told = f"no checkpoint to go on from: begins at step 0, without the rows written before (up to step {max(removed)})"
+            self.note(f"{self.run_dir}: {told}")
         self._trackers: list[trackers.Tracker] = []
         if self._writes:
             self._trackers = trackers.start(backends, self.run_dir, stage, config or {}, self.note, resume_step=resume_step)
@@ -174,7 +176,11 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         asked = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit | Stopped)
         status = "finished" if kind is None else "interrupted" if asked else "failed"
-        self.close(status)
+        try:
+            self.close(status)
+        except UserError:
+            if kind is None:  # else the first error is the one to see: the disk that holds no summary is full since then
+                raise
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int]:
         """Append one row to metrics.jsonl and the backends; returns the metrics as Python numbers.
@@ -321,12 +327,15 @@ class Recorder:
                 raise
             self.failed = self.failed or str(error)
 
-    def _prepare_files(self) -> None:
-        """Remove what the run is about to write again; take over the time already spent."""
+    def _prepare_files(self) -> list[int]:
+        """Remove what the run is about to write again; take over the time already spent. Returns the steps of removed rows."""
+        removed = []
         for name in (METRICS, SAMPLES):
             path = self.run_dir / name
             rows = read_rows(path)
-            kept = [row for row in rows if row.get("stage") != self.stage or row.get("step", 0) <= self._held]
+            again = [row.get("stage") == self.stage and row["step"] > self._held for row in rows]
+            kept = [row for row, dropped in zip(rows, again, strict=True) if not dropped]
+            removed += [row["step"] for row, dropped in zip(rows, again, strict=True) if dropped]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if path.is_file() and path.read_bytes() != text.encode():
                 write_atomic(path, text)
@@ -334,9 +343,11 @@ class Recorder:
                 self._before_s = max((row.get("time_s") or 0.0 for row in kept if row.get("stage") == self.stage), default=0.0)
         old = read_summary(self.run_dir)
         if self._held >= 0 and old.get("stage") == self.stage:
-            self._phases = {cost.pop("name"): cost for cost in old.get("phases", [])}
+            with contextlib.suppress(TypeError, AttributeError, KeyError):  # somebody edited it: times only
+                self._phases = {cost.pop("name"): cost for cost in old["phases"]}
             fixed = ("stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "peak_device_mb")
             self._extra = {name: value for name, value in old.items() if name not in fixed}
+        return removed
 
 
 @contextlib.contextmanager

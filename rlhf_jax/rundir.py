@@ -161,9 +161,7 @@ def _open(
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path, say)
     except OSError as error:
-        raise UserError(
-            f"out={path}: cannot write there ({error.strerror}: {error.filename}). Choose a directory that you may write to."
-        ) from error
+        raise _unwritable(path, error) from error
     try:
         if from_scratch:
             _set_aside(path, say)
@@ -192,11 +190,17 @@ def _open(
         integrity.write_atomically(path / "env.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         _let_go(lock)
-        raise UserError(f"out={path}: {error.filename} cannot be written: {error.strerror}") from error
+        raise _unwritable(path, error) from error
     except UserError:
         _let_go(lock)
         raise
     return RunDir(path, record, lock, resumed=earlier is not None)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Free disk space" if full else "Choose a directory that you may write to"
+    return UserError(f"out={path}: cannot write there ({error.strerror}: {error.filename or path}). {remedy}.")
 
 
 def _take_lock(path: Path, say: Callable[[str], None]) -> int:

@@ -106,13 +106,49 @@ def test_a_new_run_starts_clean_but_leaves_other_stages_alone(tmp_path):
     assert [row["stage"] for row in rows_of(tmp_path)] == ["sft", "ppo"]
 
 
+def test_a_run_that_begins_again_says_which_rows_it_removes(tmp_path, capfd):
+    for resume_step in (None, 0, None, None):
+        with Recorder(tmp_path, "ppo", total_steps=3, process=0, resume_step=resume_step) as run:
+            told = capfd.readouterr().err
+            if resume_step is None and (tmp_path / "metrics.jsonl").exists():
+                assert (
+                    told.count("no checkpoint to go on from: begins at step 0, without the rows written before (up to step 2)")
+                    == 1
+                )
+                assert read_rows(tmp_path / "metrics.jsonl") == []
+            else:
+                assert "checkpoint" not in told
+            for step in range(3):
+                run.log(step, {"a/x": 1.0})
+
+
 def test_readers_skip_torn_and_foreign_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_rows(path) == []
-    path.write_bytes(b'{"step": 1}\n[1, 2]\n\xff\xfe\n{"step": 2}\n{"step": 3, "x"')
+    path.write_bytes(b'{"step": 1}\n[1, 2]\n\xff\xfe\n{"step": 2}\n{"step": null}\n{"x": 3}\n{"step": 3, "x"')
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     (tmp_path / "summary.json").write_text('{"stage": ')
     assert read_summary(tmp_path) == {}
+
+
+@pytest.mark.parametrize("phases", ["null", "[3]", "[{}]", "7"])
+def test_times_in_a_summary_that_cannot_be_read_stop_no_run(tmp_path, phases):
+    (tmp_path / "summary.json").write_text('{"stage": "ppo", "numbers": {"gold": 1.5}, "phases": ' + phases + "}")
+    with recorder(tmp_path, resume_step=3):
+        pass
+    assert read_summary(tmp_path)["phases"] == []
+    assert read_summary(tmp_path)["numbers"] == {"gold": 1.5}
+
+
+def test_a_summary_that_cannot_be_written_hides_no_error_that_came_before(tmp_path):
+    class Full(Recorder):
+        def summary(self, status="running", **extra):
+            raise UserError("summary.json: cannot be written")
+
+    with pytest.raises(UserError, match=r"^free 3 GB, checkpoint 2 is intact"), Full(tmp_path, "ppo", total_steps=1, process=0):
+        raise UserError("free 3 GB, checkpoint 2 is intact")
+    with pytest.raises(UserError, match=r"^summary\.json"), Full(tmp_path, "ppo", total_steps=1, process=0):
+        pass
 
 
 def test_phases_are_exclusive_and_add_up(tmp_path):

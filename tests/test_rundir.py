@@ -1,5 +1,6 @@
 """Who may write in a run's directory, and whether it is still the same run: decided before anything expensive."""
 
+import errno
 import json
 import os
 import shutil
@@ -161,6 +162,16 @@ def test_a_damaged_record_is_refused(tmp_path, damage):
 @pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
 def test_a_place_where_nobody_may_write_is_refused(place):
     assert f"out={place}: cannot write there" in refusal(lambda: open_run(place, text(), PRINTS))
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])  # of LOCK, of run.json: neither names a file in its error
+def test_a_full_disk_is_named_with_its_remedy(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    told = refusal(lambda: open_run(tmp_path, text(), PRINTS))
+    assert told == f"out={tmp_path}: cannot write there (No space left on device: {tmp_path}). Free disk space."
 
 
 def test_a_read_only_directory_is_refused(tmp_path):
