@@ -172,6 +172,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
     chat: cli_models.ChatOption = False,
     columns: cli_models.Columns = None,
+    limit: cli_models.Limit = None,
+    long_prompts: cli_models.LongPromptsOption = cli_models.LongPrompts.drop,
 ) -> None:
     """Answer the prompts of a file; one JSON object a line."""
     named = cli_models.renames(columns)
@@ -186,6 +188,9 @@ def generate(
         seed=seed,
         chat=chat,
         columns=named,
+        limit=limit,
+        long_prompts=long_prompts.value,
+        tell=cli_models.tell,
     ):
         typer.echo(line)
 

@@ -18,6 +18,14 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class LongPrompts(StrEnum):
+    """What becomes of prompts that leave no room for an answer: as data.long_prompts."""
+
+    drop = "drop"
+    truncate_left = "truncate_left"
+    error = "error"
+
+
 ModelDir = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory in Hugging Face layout.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 MaxLength = Annotated[
@@ -30,6 +38,8 @@ ChatOption = Annotated[bool, typer.Option("--chat", help="Prompts as a user's me
 Columns = Annotated[
     list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Rename a column, as data.columns does; repeatable.")
 ]
+Limit = Annotated[int | None, typer.Option(min=1, help="First so many prompts only.")]
+LongPromptsOption = Annotated[LongPrompts, typer.Option(help="Prompts that leave no room for an answer.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 
 
@@ -98,7 +108,8 @@ def evaluate(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at one time.")] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="First so many prompts only.")] = None,
+    limit: Limit = None,
+    long_prompts: LongPromptsOption = LongPrompts.drop,
     seed: Seed = 0,
     confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     dtype: DtypeOption = Dtype.float32,
@@ -122,14 +133,20 @@ def evaluate(
         top_p=top_p,
         batch_size=batch_size,
         limit=limit,
+        long_prompts=long_prompts.value,
         seed=seed,
         confidence=confidence,
         dtype=dtype.value,
         chat=chat,
         columns=named,
     )
-    found = room.evaluate(model_dir, prompts, settings, out=out)
+    found = room.evaluate(model_dir, prompts, settings, out=out, tell=tell)
     typer.echo((room.to_json if json else room.to_text)(found, model_dir, settings))
+
+
+def tell(text: str) -> None:
+    """A line on standard error."""
+    typer.echo(f"rlhf-jax: {text}", err=True)
 
 
 COMMANDS = (chat, serve, evaluate)

@@ -11,7 +11,7 @@ Models are held one after the other (the model with its reference), so that seve
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,15 @@ import yaml
 from rlhf_jax import config, estimates, generate, models, parallel, scoring
 from rlhf_jax.data.encode import prompt_text
 from rlhf_jax.data.questions import Question, read_questions
+from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError, without_secrets
 from rlhf_jax.estimates import Interval
-from rlhf_jax.generate import Generator, encode_prompt, left_padded
+from rlhf_jax.generate import Generator, left_padded
 from rlhf_jax.rewards import REWARDS, make_reward
 from rlhf_jax.scorer import open_scorer
 from rlhf_jax.types import Frozen, Prompts, RewardInput
 
+Tell = Callable[[str], None]
 Array = Any  # numpy, [prompts, answers of each]
 ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
 
@@ -54,6 +56,7 @@ class Settings:
     dtype: Any = "float32"
     chat: bool = False  # as data.chat of the run
     columns: dict[str, str] = dataclasses.field(default_factory=dict)  # as data.columns of the run
+    long_prompts: str = "drop"  # as data.long_prompts: "drop", "truncate_left" or "error"
 
 
 class Answers(NamedTuple):
@@ -77,13 +80,18 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def evaluate(model: Path, prompts: Path, settings: Settings, *, out: Path | None = None) -> list[Figure]:
-    """Answer the prompts and measure; with `out` the answers are written there as JSON lines.
+def evaluate(
+    model: Path, prompts: Path, settings: Settings, *, out: Path | None = None, tell: Tell = lambda text: None
+) -> list[Figure]:
+    """Answer the prompts and measure; with `out` the answers are written there as JSON lines. `tell` hears of prompts left out.
 
     Raises `UserError` for settings that need what is not given, and wherever a file or a directory cannot be used.
     """
     check(settings)
     questions = read_questions(prompts, config.Data(columns=settings.columns, chat=settings.chat, limit=settings.limit))
+    for path in filter(None, (str(model), settings.against)):  # those that every model can answer
+        tokenizer, longest = load_tokenizer(path), models.read_spec(path).max_length
+        questions, _ = generate.fitted(tokenizer, longest, questions, settings.max_new_tokens, settings.long_prompts, tell)
     answers = answer(str(model), questions, settings, reference=settings.reference)
     scores = {name: score(name, answers, questions) for name in settings.rewards}
     other = {}
@@ -125,8 +133,8 @@ def check(settings: Settings) -> None:
 def answer(model: str, questions: Sequence[Question], settings: Settings, *, reference: str | None = None) -> Answers:
     """Answer every prompt `samples` times. An answer depends on (seed, place of the prompt, number of the answer) alone."""
     generator = generate.open_model(model, config.Model(path=model, compute_dtype=settings.dtype))
-    ids = [encode_prompt(generator.tokenizer, question.prompt) for question in questions]
-    generate.check_lengths(generator, ids, questions, settings.max_new_tokens)
+    longest, policy = generator.loaded.spec.max_length, settings.long_prompts
+    questions, ids = generate.fitted(generator.tokenizer, longest, questions, settings.max_new_tokens, policy)
     parts = parallel.axis_size(generator.mesh, "batch")
     if settings.batch_size % parts:
         raise UserError(f"--batch-size {settings.batch_size}: must be a multiple of {parts}, the devices that share a batch")

@@ -1,7 +1,8 @@
 """Answers from a model directory: for `rlhf-jax generate`, for the pairs of the quickstart, for evaluation."""
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from rlhf_jax import build, config, models, parallel, sampling, setups
 from rlhf_jax.build import Loaded
+from rlhf_jax.data.encode import cut_left
 from rlhf_jax.data.formats import ASSISTANT, HUMAN, Message
 from rlhf_jax.data.questions import Question, read_questions
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -124,15 +126,47 @@ def encode_conversation(tokenizer: Tokenizer, messages: list[Message]) -> tuple[
     return tokenizer.encode(text.removeprefix("\n\n") + ASSISTANT, start=True), (HUMAN,)
 
 
-def check_lengths(generator: Generator, ids: list[list[int]], questions: Sequence[Question], max_new_tokens: int) -> None:
-    """Raise `UserError` for the first prompt that leaves no room for an answer."""
-    longest = generator.loaded.spec.max_length
-    for row, question in zip(ids, questions, strict=True):
-        if longest and len(row) + max_new_tokens > longest:
-            raise UserError(
-                f"{question.where()}: the prompt has {len(row)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
+def fitted(
+    tokenizer: Tokenizer,
+    longest: int | None,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    long_prompts: str,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Question], list[list[int]]]:
+    """Questions with the ids of their prompts. Those without room for an answer follow `long_prompts`, as data.long_prompts.
+
+    `longest` is what the model takes, in tokens (None: any). `tell` hears how many were dropped or cut. Errors: `UserError` for
+    the first of them, under "error" and where nothing is left.
+    """
+    room = longest - max_new_tokens if longest else sys.maxsize
+    kept: list[tuple[Question, list[int]]] = []
+    long, wrong = 0, None
+    for question in questions:
+        ids = encode_prompt(tokenizer, question.prompt)
+        if len(ids) <= room:
+            kept.append((question, ids))
+            continue
+        long, wrong = (
+            long + 1,
+            wrong
+            or UserError(
+                f"{question.where()}: the prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
                 f"the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
-            )
+                + (", or give --long-prompts drop or truncate_left" if room > 0 else "")
+            ),
+        )
+        if long_prompts == "error":
+            raise wrong
+        if long_prompts == "truncate_left" and room > 0:
+            kept.append((question, cut_left(ids, room, tokenizer)))
+    if wrong is not None and not kept:
+        raise wrong
+    if long:
+        done = "dropped" if len(kept) < len(questions) else "cut on the left"
+        limit = f"with --max-new-tokens {max_new_tokens} the model takes {room} tokens of a prompt"
+        tell(f"{long} of {len(questions)} prompts {done}: {limit}; --long-prompts chooses")
+    return [question for question, _ in kept], [ids for _, ids in kept]
 
 
 def generate(
@@ -146,16 +180,19 @@ def generate(
     seed: int,
     chat: bool = False,
     columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    long_prompts: str = "drop",
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Answers to a file of prompts as JSON lines {"prompt", "response", "finished", "logprob_nats"}.
 
-    `chat` and `columns` are those of the run's `data`: the model is asked as it was trained.
+    `chat`, `columns`, `limit` and `long_prompts` are those of the run's `data`: the model is asked as it was trained.
     """
-    questions = read_questions(prompts, config.Data(columns=columns or {}, chat=chat))
+    questions = read_questions(prompts, config.Data(columns=columns or {}, chat=chat, limit=limit))
     generator = open_model(model_dir)
     settings = config.Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    ids = [encode_prompt(generator.tokenizer, question.prompt) for question in questions]
-    check_lengths(generator, ids, questions, max_new_tokens)
+    longest = generator.loaded.spec.max_length
+    questions, ids = fitted(generator.tokenizer, longest, questions, max_new_tokens, long_prompts, tell)
     for question, found in zip(questions, answer(generator, ids, settings, seed=seed, batch_size=batch_size), strict=True):
         row = {"prompt": question.prompt, "response": found.text, "finished": found.finished}
         yield json.dumps(row | {"logprob_nats": round(found.logprob, 4)}, ensure_ascii=False)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import sys
+import typing
 
 import directories
 import jax
@@ -12,7 +15,7 @@ import pytest
 
 from rlhf_jax import cli, config, estimates, evaluate, generate, models, parallel, sampling, scorer
 from rlhf_jax.data.batches import make_prompt_data
-from rlhf_jax.data.tokenizer import train_bpe
+from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate import Settings
 from rlhf_jax.types import Prompts
@@ -322,6 +325,57 @@ def test_a_reward_model_gives_no_answers(run):
     status, _, err = run(model=directories.reward_model())
     assert status == 2
     assert "is a reward model or a critic: it scores answers and gives none" in err
+
+
+@pytest.fixture
+def long(files):
+    """A file of three prompts, of 3, 132 and 3 tokens; the model takes 128 with the answer."""
+    (files / "long.txt").write_text("it\n" + "b" * 130 + "\nis\n")
+    return "long.txt"
+
+
+def test_prompts_that_are_too_long_follow_long_prompts(run, long, files):
+    status, _, err = run("--long-prompts", "error", prompts=long)
+    assert status == 2
+    assert re.search(r"long.txt:2: the prompt has 13\d tokens; .*or give --long-prompts drop or truncate_left", err)
+    tokenizer, told = load_tokenizer(directories.language_model()), []
+    asked = evaluate.read_questions(files / long)
+    dropped, ids = generate.fitted(tokenizer, 128, asked, 8, "drop", told.append)
+    assert (dropped, ids) == ([asked[0], asked[2]], [generate.encode_prompt(tokenizer, text) for text in ("it", "is")])
+    kept, ids = generate.fitted(tokenizer, 128, asked, 8, "truncate_left", told.append)
+    whole = generate.encode_prompt(tokenizer, "b" * 130)
+    assert (kept, ids[1]) == (asked, [tokenizer.bos_id, *whole[-119:]])
+    limit = "with --max-new-tokens 8 the model takes 120 tokens of a prompt; --long-prompts chooses"
+    assert told == [f"1 of 3 prompts dropped: {limit}", f"1 of 3 prompts cut on the left: {limit}"]
+    assert generate.fitted(tokenizer, None, asked, 100, "error", told.append)[1][1] == whole
+    assert len(told) == 2
+    with pytest.raises(UserError, match=r"long.txt:1: .*lower --max-new-tokens$"):
+        generate.fitted(tokenizer, 128, asked, 128, "truncate_left")
+
+
+def test_a_prompt_is_asked_where_both_models_have_room(run, long, files, tmp_path):
+    """Those that one of the two cannot take are dropped for both, before any of them answers."""
+    shutil.copytree(directories.language_model(), tmp_path / "short")
+    config_file = tmp_path / "short" / "config.json"
+    content = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(content | {"max_position_embeddings": 11}))
+    (files / "both.txt").write_text("it\nwhat is 2 + 3 ? it is 5 .\n" + "b" * 130)
+    options = ["--against", tmp_path / "short", "--reward", "length", "--json"]
+    status, text, err = run(*options, prompts="both.txt")
+    assert (status, json.loads(text)["figures"][0]["count"]) == (0, 1)
+    assert [line.split(":")[1] for line in err.splitlines()] == [" 1 of 3 prompts dropped", " 1 of 2 prompts dropped"]
+
+
+def test_generate_drops_and_limits(long, files, monkeypatch, capsys):
+    command = ["rlhf-jax", "generate", directories.language_model(), "--prompts", files / long, "--max-new-tokens", 8]
+    monkeypatch.setattr("sys.argv", [*map(str, command), "--limit", "2"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    found = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in found.out.splitlines()] == ["it"]
+    assert found.err.startswith("rlhf-jax: 1 of 2 prompts dropped")
+    assert set(cli.cli_models.LongPrompts) == set(typing.get_args(typing.get_type_hints(config.Data)["long_prompts"]))
+    assert config.Data().long_prompts == evaluate.Settings().long_prompts == "drop"
 
 
 def test_generate_takes_no_more_tokens_than_the_model(files, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def _prompt(row: Row, tokenizer: Tokenizer, data: Data, where: str) -> Example:
     if len(ids) > data.max_prompt_tokens:
         if not _allowed(len(ids), data.max_prompt_tokens, "max_prompt_tokens", data, where):
             return Example(dropped=_too_long("prompts", data))
-        ids = _cut_left(ids, data.max_prompt_tokens, tokenizer)
+        ids = cut_left(ids, data.max_prompt_tokens, tokenizer)
         notes.append("prompt cut on the left")
     return Example((TokenSequence(ids, [False] * len(ids)),), tuple(notes))
 
@@ -106,7 +106,7 @@ def _fit(
         key = "max_tokens" if limit == data.max_tokens - 1 else "max_prompt_tokens"
         if not _allowed(prompt, limit, key, data, where):
             return None
-        kept = _cut_left(ids[:prompt], limit, tokenizer)
+        kept = cut_left(ids[:prompt], limit, tokenizer)
         ids, trained = kept + ids[prompt:], [False] * len(kept) + trained[prompt:]
         notes.append("prompt cut on the left")
     if len(ids) > data.max_tokens:
@@ -125,7 +125,7 @@ def _allowed(found: int, limit: int, key: str, data: Data, where: str) -> bool:
     return data.long_prompts == "truncate_left"
 
 
-def _cut_left(ids: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
+def cut_left(ids: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
     """The last tokens, after the ones that begin a sequence."""
     start = len(tokenizer.start_ids)
     if tuple(ids[:start]) == tokenizer.start_ids and limit > start:
