@@ -143,7 +143,8 @@ class ProgressLine:
             if left is not None and self._step < self._total:
                 parts.append(f"{duration(left)} left")
         if self._phase is not None:
-            parts.append(f"{self._phase} ({duration(self._clock() - self._phase_began)})")
+            lasts_s = self._clock() - self._phase_began
+            parts.append(self._phase if lasts_s < 0.05 else f"{self._phase} ({duration(lasts_s)})")
         elif self._step is None:
             parts.append(f"starting ({duration(self._clock() - self._began)})")
         return "  ".join(parts)

@@ -330,6 +330,7 @@ def test_plain_lines_begin_at_once_and_are_rationed():
     line.close()
     lines = stream.getvalue().splitlines()
     assert 4 <= len(lines) <= 7
+    assert "(0.0 s)" not in stream.getvalue()
     assert lines[-1] == "ppo  30/30  reward 3.00  KL 1.23 nats  1.9k tok/s"
 
 
