@@ -255,6 +255,12 @@ def test_metrics_that_are_not_finite_are_named(tmp_path):
     page = report([path], tmp_path)
     assert "reward/score was not finite at 2 steps from step 4 on." in page.prose
     assert "PPO, step 9 : KL above 100 nats" in page.prose
+    assert "Reward 1 0 from 1, until step 3" in page.prose, "beside a figure that is not of the run's end"
+    shutil.copytree(path, tmp_path / "b" / "ppo")
+    runs.write_jsonl(tmp_path / "b/ppo/metrics.jsonl", [row, {"stage": "ppo", "step": 5, "reward/score": 2.0}])
+    both = report([path, tmp_path / "b"], tmp_path).prose
+    assert "1 → 1, until step 3" in both
+    assert "2 → 2," not in both
 
 
 def test_a_stage_and_metrics_nobody_foresaw_are_drawn(tmp_path):

@@ -36,6 +36,11 @@ class StageRun(NamedTuple):
     def column(self, key: str) -> list[Point]:
         return self.columns.get(key, [])
 
+    def until(self, key: str) -> str:
+        """ ", until step 13" where a metric stopped being finite and did not come back."""
+        points, broken = self.column(key), self.broken.get(key, [])
+        return f", until step {points[-1][0]:.0f}" if points and broken and broken[-1] > points[-1][0] else ""
+
 
 def load_runs(paths: Sequence[Path]) -> list[StageRun]:
     """Every stage found, in the order of the pipeline, runs of the same stage side by side."""

@@ -67,9 +67,9 @@ def tiles(runs: Sequence[StageRun]) -> str:
         ):
             if run.column(key):
                 first, last = ends(run.column(key))
-                found.append((name, number(last), f"{_signed(last - first)} from {number(first)}"))
-        if run.column("kl/per_sequence_nats"):
-            found.append(("KL to the reference", number(ends(run.column("kl/per_sequence_nats"))[1]), "nats per sequence"))
+                found.append((name, number(last), f"{_signed(last - first)} from {number(first)}{run.until(key)}"))
+        if run.column(kl := "kl/per_sequence_nats"):
+            found.append(("KL to the reference", number(ends(run.column(kl))[1]), f"nats per sequence{run.until(kl)}"))
         accuracy = [y for _, y in run.column("reward_model/eval_accuracy")[-1:]]
         found += [("Reward model", f"{share:.0%}", "right on held-out pairs") for share in accuracy]
         if run.column("sft/eval_loss_nats"):
@@ -106,9 +106,9 @@ def _tile_table(runs: Sequence[StageRun]) -> str:
         own = [run for run in runs if run.label == label]
         cells = []
         for _, key in shown:
-            points = next((run.column(key) for run in own if run.column(key)), [])
-            first, last = ends(points) if points else (math.nan, math.nan)
-            cells.append(f"<td>{number(first)} → {number(last)}</td>" if points else "<td>–</td>")
+            whose = next((run for run in own if run.column(key)), None)
+            first, last = ends(whose.column(key)) if whose else (math.nan, math.nan)
+            cells.append(f"<td>{number(first)} → {number(last)}{whose.until(key)}</td>" if whose else "<td>–</td>")
         cells.append(f"<td>{duration(sum(amount(run, 'wall_s') for run in own))}</td>")
         rows.append(f"<tr><td>{text(label)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name, _ in shown)
