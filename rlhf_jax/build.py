@@ -24,6 +24,7 @@ from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import named_leaves
 from rlhf_jax.models import lora, roles
+from rlhf_jax.models.save import whole_or_nothing
 from rlhf_jax.types import Calibration, Model, Params, join
 
 T = TypeVar("T", bound=config.Run)
@@ -332,7 +333,6 @@ def export(
     )
     if loaded.base is not None and loaded.lora is not None and lora.has_layout(loaded.spec, params):
         base = None if loaded.source is None else str(loaded.source)
-        kept = calibration or loaded.calibration
-        lora.save_adapter(
-            out / "adapter", loaded.spec, params, loaded.lora, base=base, head=head, calibration=None if head == "lm" else kept
-        )
+        kept = None if head == "lm" else calibration or loaded.calibration
+        with whole_or_nothing(out, out, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
+            lora.save_adapter(out / "adapter", loaded.spec, params, loaded.lora, base=base, head=head, calibration=kept)

@@ -1,5 +1,7 @@
 """Parameters -> a directory that transformers, vLLM and SGLang load. All or nothing, one tensor in memory at a time."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -70,25 +72,37 @@ def save_checkpoint(
     config = export_config(spec, head, dtype, pad_id=pad_id, calibration=calibration or Calibration())
     writer = jax.process_index() == 0
     temporary = path.with_name(f".{path.name}.partial")
-    if writer:
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+    with whole_or_nothing(path, temporary, sum(leaf.size for leaf in jax.tree.leaves(params)) * DTYPES[dtype].itemsize):
+        if writer:
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written there ({error.strerror}: {error.filename}); name another place") from None
-    _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
-    if writer:
-        _write_json(temporary / "config.json", config)
-        # Of every head: the tokens that end an answer are read from it, and a reward model reads the last one.
-        _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        elif source is not None:
-            _copy_tokenizer(source, temporary)
-        _replace(temporary, path)
+        _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
+        if writer:
+            _write_json(temporary / "config.json", config)
+            # Of every head: the tokens that end an answer are read from it, and a reward model reads the last one.
+            _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            elif source is not None:
+                _copy_tokenizer(source, temporary)
+            _replace(temporary, path)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {path}")
     return path
+
+
+@contextlib.contextmanager
+def whole_or_nothing(path: Path, written: Path, size: int) -> Iterator[None]:
+    """An OSError in the block is one message about `path`, which needs `size` bytes, and removes the directory `written`."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(written, ignore_errors=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"free {1.05 * size / 1e6 + 1:.0f} MB and give the same command again" if full else "name another place"
+        raise UserError(
+            f"{path}: cannot be written there ({error.strerror}: {error.filename2 or error.filename or written}); {remedy}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------- weights

@@ -1,5 +1,6 @@
 """Directories in Hugging Face layout: round trips, both spellings of the configuration, roles, and what is refused."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -298,3 +299,18 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
     spec = scratch_spec(testing.tiny_scratch(), 16)
     with pytest.raises(UserError, match="cannot be written there"):
         save_checkpoint(tmp_path / "file" / "model", spec, make_model(spec).init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "shutil.copyfile"])  # of the weights, of the tokenizer
+def test_a_disk_that_is_full_is_one_message_and_nothing_stays(tmp_path, monkeypatch, call):
+    source = ref.checkpoint(tmp_path, "llama")
+    (source / "tokenizer.json").write_text("{}")
+    found = load_checkpoint(source)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(UserError, match=r"out: cannot be written there \(No space left on device: .*\); free \d+ MB and"):
+        save_checkpoint(tmp_path / "new" / "out", found.spec, found.params, source=source)
+    assert list((tmp_path / "new").iterdir()) == []
