@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from rlhf_jax import environment, integrity, processes, shelf
+from rlhf_jax import integrity, processes, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import leaf_specs, named_leaves, nest, parse_spec, unnest
 from rlhf_jax.shelf import size_text
@@ -143,7 +143,6 @@ class Checkpoints:
         if step < 0:
             return None
         restored = _load(self.directory / str(step), step, abstract)
-        environment.give_back()  # what was read and unpacked: 1.6 times the state
         self._newest = step
         return restored
 

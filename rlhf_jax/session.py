@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import config, config_table, health, metrics, parallel, processes, report
+from rlhf_jax import config, config_table, environment, health, metrics, parallel, processes, report
 from rlhf_jax.checkpoint import Checkpoints, Restored
 from rlhf_jax.profiling import Profile
 from rlhf_jax.rundir import RunDir, open_run
@@ -150,6 +150,7 @@ def open_session(
         if directory.completed_step is None:
             with health.phase("load", sizes):
                 restored = restore(checkpoints)
+            environment.give_back()  # what was read and unpacked: 1.6 times the state
         recorder = metrics.Recorder(
             out,
             stage,
