@@ -136,7 +136,8 @@ class Tokenizer:
                 if (self.source / name).exists() and (self.source / name).resolve() != (out / name).resolve():
                     shutil.copyfile(self.source / name, out / name)
         else:
-            self.backend.save(str(out / "tokenizer.json"))
+            # Not `save`, which raises a bare Exception where the disk is full.
+            (out / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         self._save_config(out / "tokenizer_config.json")
         if self.chat_template is not None:
             (out / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
