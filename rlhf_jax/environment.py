@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,11 @@ CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 CACHE_BYTES = 4 * 2**30  # the least recently used programs go first
+
+DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
+# Of XLA's pool, for each simulated device. A collective holds a thread until every device has come to it, and a device may be in
+# several at once; by default there are as many threads as devices. When all of them wait, XLA aborts the process after 40 s.
+THREADS = 16
 
 MALLOPT = ((-8, 1), (-4, 0), (-1, 2**31 - 1))  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
 COLLECT_AFTER = 20_000  # new objects; Python's default is 700
@@ -79,6 +85,15 @@ def prepare() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
     for name, value in CACHE.items():
         os.environ.setdefault(name, value)
+    devices = simulated_devices()
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(THREADS * devices))
+
+
+def simulated_devices() -> int:
+    """CPU devices that the environment asks for."""
+    told = [*DEVICES.findall(os.environ.get("XLA_FLAGS", "")), os.environ.get("JAX_NUM_CPU_DEVICES", "")]
+    return max((int(number) for number in told if number.isdigit()), default=1)
 
 
 def collect_seldom() -> None:

@@ -15,6 +15,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 _cache = Path(os.environ.get("RLHF_JAX_CACHE", Path(tempfile.gettempdir()) / "rlhf_jax_test_cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 
+from rlhf_jax import environment  # noqa: E402
+
+os.environ["PJRT_NPROC"] = str(environment.THREADS * environment.simulated_devices())  # as environment.prepare does
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
@@ -24,6 +28,8 @@ from rlhf_jax import config, parallel  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.devices()
+del os.environ["PJRT_NPROC"]  # of this process alone: those that it starts have devices of their own
 KEPT = jax.config.jax_enable_compilation_cache  # compiled programs, on disk
 
 

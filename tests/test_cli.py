@@ -282,6 +282,22 @@ def test_a_cache_that_was_given_keeps_its_own_limit(monkeypatch):
     assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("told", "threads"),
+    [
+        ({"XLA_FLAGS": "--xla_dump_to=x --xla_force_host_platform_device_count=8"}, "128"),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, "32"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, None),
+        ({"JAX_NUM_CPU_DEVICES": "2", "PJRT_NPROC": "3"}, "3"),
+        ({}, None),
+    ],
+)
+def test_simulated_devices_have_threads_to_wait_in(told, threads, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "JAX_PLATFORMS": "cpu"} | told)
+    environment.prepare()
+    assert os.environ.get("PJRT_NPROC") == threads
+
+
 def test_commands_collect_cycles_seldom_and_still_collect_them():
     class Node:
         pass

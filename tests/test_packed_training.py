@@ -17,7 +17,8 @@ from rlhf_jax.types import Sequences
 
 GSM8K = Path(__file__).parent / "data/gsm8k_rows.jsonl"  # 16 rows, Cobbe et al. 2021; the MIT licence stands beside them
 ROWS, LENGTH = 8, 216  # of the packed batch, which holds all conversations
-CHANGES = {"mistral": {"sliding_window": 24}, "gpt2": {"n_positions": LENGTH}, "bloom": {}}  # windows, learned positions, ALiBi
+# Windows, learned positions, ALiBi (of a width that eight devices divide).
+CHANGES = {"mistral": {"sliding_window": 24}, "gpt2": {"n_positions": LENGTH}, "bloom": {"hidden_size": 48}}
 OPTIMIZER = config.Optimizer(learning_rate=3e-3, schedule="constant", eps=1e-2)
 ROUNDING = 1e-6  # float32 sums in another order: of a loss, of the largest entry of a gradient (found: up to 3e-7)
 

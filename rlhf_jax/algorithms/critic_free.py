@@ -73,7 +73,7 @@ def informative(scores: jax.Array, group_size: int) -> jax.Array:
     """Whether the scores of a row's group differ at all, bool[B]: where they do not, no answer teaches anything."""
     groups = in_groups(scores, group_size)
     differ = groups.max(1) > groups.min(1)
-    return jnp.repeat(differ, group_size, total_repeat_length=scores.shape[0])
+    return jnp.broadcast_to(differ[:, None], groups.shape).reshape(-1)
 
 
 def overlong_penalty(action_mask: jax.Array, *, buffer: int, penalty: float) -> jax.Array:
