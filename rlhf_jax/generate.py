@@ -141,27 +141,24 @@ def fitted(
     """
     room = longest - max_new_tokens if longest else sys.maxsize
     kept: list[tuple[Question, list[int]]] = []
-    long, wrong = 0, None
+    long, wrong = 0, ""
     for question in questions:
         ids = encode_prompt(tokenizer, question.prompt)
         if len(ids) <= room:
             kept.append((question, ids))
             continue
-        long, wrong = (
-            long + 1,
-            wrong
-            or UserError(
-                f"{question.where()}: the prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
-                f"the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
-                + (", or give --long-prompts drop or truncate_left" if room > 0 else "")
-            ),
+        long += 1
+        wrong = wrong or (
+            f"{question.where()}: the prompt has {len(ids)} tokens; with --max-new-tokens {max_new_tokens} that is more than "
+            f"the {longest} that the model takes; shorten the prompt, or lower --max-new-tokens"
+            + (", or give --long-prompts drop or truncate_left" if room > 0 else "")
         )
         if long_prompts == "error":
-            raise wrong
+            raise UserError(wrong)
         if long_prompts == "truncate_left" and room > 0:
             kept.append((question, cut_left(ids, room, tokenizer)))
-    if wrong is not None and not kept:
-        raise wrong
+    if wrong and not kept:
+        raise UserError(wrong)
     if long:
         done = "dropped" if len(kept) < len(questions) else "cut on the left"
         limit = f"with --max-new-tokens {max_new_tokens} the model takes {room} tokens of a prompt"

@@ -114,17 +114,17 @@ def check_divides(mesh: Mesh, sizes: dict[str, tuple[str, int]]) -> None:
       sizes: what the user calls it -> (logical axis, size), for example {"batch_size": ("batch", 64)}.
     """
     wrong: list[str] = []
-    axes: dict[Any, None] = {}
+    axes: list[Any] = []
     for name, (logical, size) in sizes.items():
         parts = axis_size(mesh, logical)
         if size % parts:
             below, above = size // parts * parts, (size // parts + 1) * parts
             near = f"{below} or {above}" if below else str(above)
             wrong.append(f"{name}={size} is not a multiple of {parts} ({_arithmetic(mesh, logical)}); nearest: {near}")
-            axes[RULES[logical]] = None
+            axes.append(RULES[logical])
     if wrong:
         remedies = []
-        for axis in axes:
+        for axis in dict.fromkeys(axes):
             common = math.gcd(*(size for logical, size in sizes.values() if RULES[logical] == axis))
             remedies.append(f"mesh.{axis} may be {', '.join(str(n) for n in range(1, common + 1) if common % n == 0)}")
         remedy = "change the size, or the mesh" if RULES["batch"] in axes else "; ".join(remedies)

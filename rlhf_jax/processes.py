@@ -116,14 +116,14 @@ def shared(make: Callable[[], Any]) -> Any:
 def fail_together(message: str) -> None:
     """Raise UserError on every process when any has a message: its own, else that of the first which has one; "": all is well."""
     if jax.process_count() == 1:
-        failed = [bool(message)]
-    else:
-        failed = list(np.asarray(multihost_utils.process_allgather(np.array(bool(message)))).reshape(-1))
-    if not any(failed):
+        if message:
+            raise UserError(message)
         return
-    first = failed.index(True)
-    told = message if jax.process_count() == 1 else _text_from(first, message)
-    raise UserError(message or f"process {first} of this run failed: {told}")
+    failed = np.asarray(multihost_utils.process_allgather(np.array(bool(message)))).reshape(-1)
+    if failed.any():
+        first = int(failed.argmax())
+        told = _text_from(first, message)  # all take part
+        raise UserError(message or f"process {first} of this run failed: {told}")
 
 
 def together(make: Callable[[], T]) -> T:

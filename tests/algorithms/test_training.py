@@ -64,6 +64,17 @@ def test_the_optimiser_is_adamw_as_published_and_decays_matrices_only():
     )
 
 
+def test_the_matrices_of_an_adapter_are_decayed_too():
+    tx = training.make_optimizer(config.Optimizer(learning_rate=0.1, schedule="constant", weight_decay=0.5), 8)
+    params = {
+        "q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))},
+        "score": {"kernel": jnp.ones((4, 1)), "bias": jnp.ones(1)},
+    }
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    found = jax.tree.map(lambda x: round(float(x.mean()), 6), optax.apply_updates(params, updates))
+    assert found == {"q": {"lora_a": 0.95, "lora_b": 0.95}, "score": {"kernel": 0.95, "bias": 1.0}}
+
+
 def loss(params, batch):
     """A sum over rows (already a share), with a scalar metric, a maximum and one value per row."""
     x = batch["x"] * params["w"]
