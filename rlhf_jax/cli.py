@@ -10,7 +10,7 @@ import typer
 
 from rlhf_jax import __version__, cli_models
 from rlhf_jax.cli_models import start as _start
-from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from rlhf_jax.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, Unheard, UserError
 
 EXAMPLES = """\b
 Start here:
@@ -87,6 +87,7 @@ def quickstart(
     """
     if demo is not None and task is not Task.reviews:
         raise UserError(f"--demo {demo}: only the task reviews has it; leave --task out")
+    _go_on_unheard()
     module = _start("quickstart")
     typer.echo(module.run(out=out, demo=demo and demo.value, task=task.value, seed=seed))
 
@@ -105,6 +106,7 @@ def _training_command(stage: str, summary: str) -> None:
         ] = None,
     ) -> None:
         traced = [] if profile is None else [f"log.profile_step={profile}"]
+        _go_on_unheard()
         run = _load(config, [*(overrides or ()), *traced], stage)
         from rlhf_jax import environment
         from rlhf_jax.config import OFFLINE
@@ -266,6 +268,11 @@ def doctor() -> None:
     typer.echo(_start("doctor").examine())
 
 
+def _go_on_unheard() -> None:
+    """A run outlives the readers of what it prints."""
+    sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)  # type: ignore[assignment]
+
+
 def _run_class(stage: str) -> Any:
     from rlhf_jax.config import STAGES
 
@@ -299,5 +306,7 @@ def main() -> None:
         sys.stderr.write(f"{stopped}\n")
         sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # `rlhf-jax config ppo | head`
+        if isinstance(sys.stdout, Unheard):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -6,7 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any, TextIO
+
+from rlhf_jax.errors import Unheard
 
 # (metric, name on the line, format): the first three of a stage tell whether it works.
 HEADLINE = (
@@ -74,7 +76,7 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stage, self._total, self._clock, self._every_s = stage, total_steps, clock, every_s
-        self._stream: TextIO = sys.stderr if stream is None else stream
+        self._stream: Any = Unheard(sys.stderr if stream is None else stream)
         self._step: int | None = None
         self._parts: list[str] = []
         self._phase: str | None = None

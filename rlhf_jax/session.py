@@ -12,6 +12,7 @@ import jax
 
 from rlhf_jax import config, config_table, environment, health, metrics, parallel, processes, report
 from rlhf_jax.checkpoint import Checkpoints, Restored
+from rlhf_jax.errors import Unheard
 from rlhf_jax.profiling import Profile
 from rlhf_jax.rundir import RunDir, open_run
 from rlhf_jax.signals import Interrupts
@@ -129,7 +130,7 @@ def open_session(
             if pens:
                 pens[0].note(text)
             elif parallel.is_main_process():
-                sys.stderr.write(f"{text}\n")
+                Unheard(sys.stderr).write(f"{text}\n")
 
         interrupts = stack.enter_context(Interrupts(say=say))
         opened = open_run(

@@ -1,10 +1,14 @@
-"""The first SIGTERM, SIGINT or SIGUSR1 asks the run to finish its step, save and leave; the second ends it at once.
+"""The first SIGTERM, SIGINT, SIGUSR1 or SIGHUP asks the run to finish its step, save and leave; the second ends it at once.
+
+A SIGHUP that follows is no second request: shell and kernel both send one when a terminal goes away. Where it was ignored when
+the run began, as under `nohup`, it stays ignored.
 
 A Python handler waits until the interpreter runs again, which a long compilation or a blocking transfer can delay past the
 grace period. So the C handler writes the signal's number into a pipe, and a thread that reads it acts whatever the main thread
 does. With several processes the loop's `poll` is where all of them agree on the step.
 """
 
+import contextlib
 import logging
 import os
 import shlex
@@ -20,7 +24,7 @@ from rlhf_jax import processes
 from rlhf_jax.errors import EXIT_STOPPED, Stopped
 
 _LOG = logging.getLogger(__name__)
-_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupts:
@@ -36,6 +40,8 @@ class Interrupts:
         self._reader, self._pen = os.pipe()
         os.set_blocking(self._pen, False)
         asking = [number for number in _ASKING if number != signal.SIGINT or not hasattr(sys, "ps1")]  # not in a notebook
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            asking.remove(signal.SIGHUP)
         self._before = {number: signal.signal(number, lambda *_: None) for number in asking}
         self._wakeup_before = signal.set_wakeup_fd(self._pen, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -77,7 +83,7 @@ class Interrupts:
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1)[0]:
-            if number not in _ASKING:
+            if number not in _ASKING or (number == signal.SIGHUP and self.asked):
                 continue
             name = signal.Signals(number).name
             with self._lock:
@@ -90,7 +96,8 @@ class Interrupts:
             self._say(f"{name}: finishing this step, then saving; once more to leave at once")
 
     def _leave(self, why: str) -> None:
-        os.write(2, f"\n{why}. Go on with the same command:\n  {self._command}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{why}. Go on with the same command:\n  {self._command}\n".encode())
         os._exit(EXIT_STOPPED)
 
 

@@ -1,5 +1,6 @@
 """What a run writes down: complete, exact, torn-proof, and written by one process only."""
 
+import errno
 import io
 import json
 import math
@@ -367,6 +368,26 @@ def test_a_terminal_gets_one_line_that_is_redrawn():
     assert "a [bold]note[/bold] stays as it is" in drawn
     assert "\x1b[2K" in drawn
     assert drawn.rstrip().endswith("ppo  finished")
+
+
+class Gone(io.StringIO):
+    """A terminal whose connection is lost; `tee` that has ended raises BrokenPipeError."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_that_nobody_can_read_is_no_error(terminal):
+    line = ProgressLine("ppo", 30, stream=Gone(), terminal=terminal, every_s=0.02)
+    line.phase("compiling sampler")
+    line.update(12, {"reward/score": 1.84})
+    time.sleep(0.3)  # what redraws the line, in a thread, fails neither
+    line.note("a note")
+    line.close("finished")
 
 
 def test_the_recorder_speaks_on_stderr_within_the_first_moment(tmp_path, capfd):

@@ -31,7 +31,7 @@ def end(process: subprocess.Popen) -> tuple[int, str, str, float]:
     return process.returncode, out, err, time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_request_lets_the_step_finish(number):
     process = start("""
         interrupts.unsaved = True
@@ -75,7 +75,8 @@ def test_the_second_request_is_obeyed_at_once_even_inside_a_compilation():
 
 
 def test_handlers_are_put_back_and_a_request_is_remembered():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in asking]
     told = []
     with Interrupts(say=told.append) as interrupts:
         interrupts.unsaved = True
@@ -85,8 +86,22 @@ def test_handlers_are_put_back_and_a_request_is_remembered():
         while not told and time.monotonic() < deadline:
             time.sleep(0.01)
         assert interrupts.poll()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in asking] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_hang_up_that_was_ignored_when_the_run_began_stays_ignored(monkeypatch):
+    """nohup rlhf-jax … &"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts(say=lambda text: None) as interrupts:
+            interrupts.unsaved = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert not interrupts.asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_command_to_go_on_with_is_the_one_that_was_typed(monkeypatch):
