@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import config, models, ops, parallel, programs
+from rlhf_jax import config, models, ops, parallel, processes, programs
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.table import purpose_of
@@ -319,20 +319,22 @@ def export(
 ) -> None:
     """Write a model as a Hugging Face directory: weights (adapters merged), configuration, tokenizer, generation config.
 
-    An adapter is written by itself too, below `out/adapter` in PEFT layout.
+    An adapter is written by itself too, below `out/adapter` in PEFT layout. Where process 0 cannot write, all raise `UserError`.
     """
     merged = params if loaded.base is None else lora.merge(loaded.base, params, scale=_scale(loaded.lora))
-    models.save_checkpoint(
-        out,
-        loaded.spec,
-        merged,
-        head=head,
-        source=loaded.source,
-        tokenizer=tokenizer,
-        calibration=calibration or loaded.calibration,
-    )
-    if loaded.base is not None and loaded.lora is not None and lora.has_layout(loaded.spec, params):
+    kept = calibration or loaded.calibration
+
+    def save_model() -> None:
+        about: dict[str, Any] = {"source": loaded.source, "tokenizer": tokenizer, "calibration": kept}
+        models.save_checkpoint(out, loaded.spec, merged, head=head, **about)
+
+    def save_adapter() -> None:
+        if loaded.base is None or loaded.lora is None or not lora.has_layout(loaded.spec, params):
+            return
         base = None if loaded.source is None else str(loaded.source)
-        kept = None if head == "lm" else calibration or loaded.calibration
+        about: dict[str, Any] = {"base": base, "calibration": None if head == "lm" else kept}
         with whole_or_nothing(out, out, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
-            lora.save_adapter(out / "adapter", loaded.spec, params, loaded.lora, base=base, head=head, calibration=kept)
+            lora.save_adapter(out / "adapter", loaded.spec, params, loaded.lora, head=head, **about)
+
+    processes.together(save_model)
+    processes.together(save_adapter)

@@ -67,8 +67,8 @@ def run(stage: str, settings: Any, *, from_scratch: bool = False, override: Coll
             head = setups.HEADS.get(stage, "lm")
             out = Path(settings.out) / "final"
             build.export(out, setup.trained, state.trained.params, head=head, tokenizer=plan.tokenizer, calibration=calibration)
-        session.directory.complete(settings.steps)
-    session.show()
+        processes.together(lambda: session.directory.complete(settings.steps))
+    processes.together(session.show)
     return Path(settings.out)
 
 
@@ -168,7 +168,7 @@ def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Cal
             if n
         ]
         numbers = {"accuracy on held-out pairs": float(jnp.mean(chosen > rejected)), "calibration error": float(bins.error)}
-        session.recorder.summary(calibration=rows, numbers=numbers)
+        processes.together(functools.partial(session.recorder.summary, calibration=rows, numbers=numbers))
     if not setup.settings.reward_model.calibrate:
         return Calibration()
     return reward_model.calibrate(np.concatenate(raw))

@@ -78,8 +78,8 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
             state = train(setup, state, session)
         with session.recorder.phase("export"), health.phase("export", setup.components):
             setup.export(state)
-        session.directory.complete(settings.steps)
-    session.show()
+        processes.together(lambda: session.directory.complete(settings.steps))
+    processes.together(session.show)
     return Path(settings.out)
 
 

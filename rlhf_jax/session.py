@@ -152,13 +152,15 @@ def open_session(
             with health.phase("load", sizes):
                 restored = restore(checkpoints)
             environment.give_back()  # what was read and unpacked: 1.6 times the state
-        recorder = metrics.Recorder(
-            out,
-            stage,
-            total_steps=settings.steps,
-            backends=settings.log.backends if directory.completed_step is None else (),
-            resume_step=directory.completed_step if restored is None else restored.step,
-            config=dataclasses.asdict(settings),
+        recorder = processes.together(
+            lambda: metrics.Recorder(
+                out,
+                stage,
+                total_steps=settings.steps,
+                backends=settings.log.backends if directory.completed_step is None else (),
+                resume_step=directory.completed_step if restored is None else restored.step,
+                config=dataclasses.asdict(settings),
+            )
         )
         stack.enter_context(recorder)
         pens.append(recorder)
@@ -170,5 +172,5 @@ def open_session(
         profile = stack.enter_context(Profile(out / "profile", traced, say=recorder.note))
         owed = restored is not None and bool(restored.extra.get("owes_evaluation"))
         if restored is not None and owed:
-            recorder.make_up(restored.step)
+            processes.together(lambda: recorder.make_up(restored.step))
         yield Session(settings, directory, checkpoints, recorder, interrupts, watchdog, profile, owed), restored

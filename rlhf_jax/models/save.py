@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def save_checkpoint(
     """Write a model directory: written beside its place and renamed, so that it is whole or not there.
 
     Args:
-        params: whole (adapters merged). Every process calls this; the first one writes.
+        params: whole (adapters merged). Every process calls this; the first one writes, and raises alone where it cannot.
         head: "lm", "score" (reward model, `calibration` kept in config.json) or "value" (critic).
         source: directory that the model came from: generation config, tokenizer files without a `tokenizer`, other towers.
         storage_dtype: "float32", "float16" or "bfloat16"; default: that of the source, else float32.
@@ -72,10 +73,8 @@ def save_checkpoint(
     config = export_config(spec, head, dtype, pad_id=pad_id, calibration=calibration or Calibration())
     writer = jax.process_index() == 0
     temporary = path.with_name(f".{path.name}.partial")
-    with whole_or_nothing(path, temporary, sum(leaf.size for leaf in jax.tree.leaves(params)) * DTYPES[dtype].itemsize):
-        if writer:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * DTYPES[dtype].itemsize
+    with _left_together(f"saved {path}"), whole_or_nothing(path, temporary, size):
         _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
         if writer:
             _write_json(temporary / "config.json", config)
@@ -86,9 +85,17 @@ def save_checkpoint(
             elif source is not None:
                 _copy_tokenizer(source, temporary)
             _replace(temporary, path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {path}")
     return path
+
+
+@contextlib.contextmanager
+def _left_together(name: str) -> Iterator[None]:
+    """No process leaves the block before all do, be it by an error."""
+    try:
+        yield
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
@@ -134,12 +141,16 @@ def _write_weights(
             shapes[name] = (towers.shape(name), st.DTYPES[towers.dtype(name)])
     files = list(st.shard(dict(sorted(shapes.items())), shard_bytes))
     names = [dirs.SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    for name, part in zip(names, files, strict=True):
-        tensors = _tensors(part, plan, params, towers)
+    contents = [_tensors(part, plan, params, towers) for part in files]
+    try:
         if writer:
-            st.write(directory / name, part, tensors)
-        else:
-            for _ in tensors:  # the gathers inside are collective
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            for name, part, tensors in zip(names, files, contents, strict=True):
+                st.write(directory / name, part, tensors)
+    finally:
+        if jax.process_count() > 1:  # the gathers inside are collective: what this process does not write, the others wait for
+            for _ in itertools.chain.from_iterable(contents):
                 pass
     if writer and len(files) > 1:
         total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())

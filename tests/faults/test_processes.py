@@ -106,3 +106,16 @@ def test_a_row_that_process_0_cannot_write_ends_all_with_its_message(tmp_path, c
     assert "No space left on device" in text
     assert f"process 0 of this run failed: {rows}: " in other
     assert "Traceback" not in text + other
+
+
+def test_a_model_that_process_0_cannot_write_ends_all_with_its_message(tmp_path):
+    """The others stand in the gathers of its tensors, and would until the runtime aborts them with 134: "start again"."""
+    arguments = ["sft", stages.write_configs(tmp_path)["sft"], "log.eval_every=0", "steps=1", "mesh.fsdp=2"]
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / ".final.partial").write_text("in the way")
+    both = stages.start_several(arguments, processes=2, devices=1)
+    (status, text), (other_status, other) = (stages.finish(process, 120) for process in both)
+    assert (status, other_status) == (2, 2), text + other
+    assert f"{tmp_path / 'sft/final'}: cannot be written there (File exists: " in text
+    assert f"process 0 of this run failed: {tmp_path / 'sft/final'}: cannot be written there" in other
+    assert "Traceback" not in text + other
