@@ -289,7 +289,9 @@ class ReinforcePP(CriticFree):
     """REINFORCE++."""
 
     group_size: int = key(1, "answers per prompt; divides batch_size; above 1 with baseline: group", "answers")
-    baseline: Literal["batch", "group"] = key("batch", "mean that is subtracted: of the batch, or of each prompt's answers first")
+    baseline: Literal["batch", "group"] = key(
+        "batch", "mean that is subtracted: of the batch (by whiten_advantages), or of each prompt's answers first"
+    )
     gamma: float = key(1.0, "discount per token")
     whiten_advantages: Literal["none", "unbiased", "population"] = key(
         "unbiased", "normalise over the batch's tokens, variance by name"

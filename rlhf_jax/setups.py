@@ -355,6 +355,10 @@ class OfflinePlan:
         found = [f"data: {describe(self.data.tables.counts())}", *(f"tokenizer: {text}" for text in self.tokenizer.policies)]
         if isinstance(self.data, SFTData):
             found.append(f"data: {self.data.padded_fraction:.1%} of the tokens of a batch are padding")
+        if isinstance(self.data, PreferenceData) and self.data.has_margin:
+            loss = self.settings.reward_model.loss if self.stage == "reward" else self.stage
+            if loss != "bradley_terry":
+                found.append(f"data: {loss} takes no margins: they are left out")
         return [*found, *offload_notes(self.settings, self.mesh)]
 
     @property

@@ -173,6 +173,23 @@ def test_keys_that_a_stage_does_not_read_are_refused():
     assert {stage for stage, keys in found.items() if "data.packing" in keys} == {"reward", "dpo", "kto"}
 
 
+@pytest.mark.parametrize(
+    ("stage", "loss", "told"),
+    [("reward", "bradley_terry", ""), ("reward", "deepspeed_chat", "deepspeed_chat"), ("dpo", "", "dpo")],
+)
+def test_margins_that_a_loss_leaves_out_are_told(tmp_path, stage, loss, told):
+    rows = [{"prompt": f"how is hotel {n}?", "chosen": "good", "rejected": "bad", "margin": n} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config.Data(path=str(tmp_path / "pairs.jsonl"), max_tokens=48, eval_fraction=0.0)
+    run = config.STAGES[stage](out=str(tmp_path), steps=1, batch_size=4, data=data, model=ppo_run(tmp_path).model)
+    run = dataclasses.replace(run, reward_model=config.RewardModelLoss(loss=loss)) if loss else run
+    notes = setups.plan_offline(stage, run).notes
+    assert any("8 with a margin" in note for note in notes)
+    assert [note for note in notes if "no margins" in note] == (
+        [f"data: {told} takes no margins: they are left out"] if told else []
+    )
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_no_second_copy_of_the_weights_stays(tmp_path, adapted):
     """What was loaded is in the state, or gone where an earlier state goes on: `fit` counts one copy."""

@@ -19,7 +19,7 @@ from rlhf_jax.data.encode import prompt_text
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
 from rlhf_jax.data.sources import memory_source
-from rlhf_jax.data.table import Table, columns_of, describe, open_sources, scan
+from rlhf_jax.data.table import WITH_MARGIN, Table, columns_of, describe, open_sources, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -320,11 +320,10 @@ def make_sft_data(
 def make_preference_data(
     data: Data, tokenizer: Tokenizer, *, seed: int, batch_size: int, rows: Sequence[dict[str, Any]] | None = None
 ) -> PreferenceData:
-    """Preference data of a configuration. Margins come from a `margin` column, where the first row has one."""
+    """Preference data of a configuration. With margins where any row has one: a row without counts 0."""
     tables = make_tables(data, tokenizer, "preferences", seed=seed, batch_size=batch_size, rows=rows)
     _require_batch(tables, sum(len(table.train) for table in tables.tables), "pairs")
-    has_margin = all(table.row(0).margin is not None for table in tables.tables)
-    return PreferenceData(tables, tables.longest(data.max_tokens), has_margin)
+    return PreferenceData(tables, tables.longest(data.max_tokens), has_margin=WITH_MARGIN in tables.counts())
 
 
 def make_prompt_data(

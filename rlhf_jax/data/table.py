@@ -23,6 +23,7 @@ from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
 CACHE_TOKENS = 1 << 24  # 84 MB
+WITH_MARGIN = "with a margin"  # in a table's counts
 _FEW_PROMPTS = 20
 
 
@@ -154,6 +155,7 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
     numbers, lengths, keys = array.array("q"), array.array("i"), array.array("Q")
     counts: Counter = Counter(rows=0)
     cache = _Cache()
+    margins = 0
     form = None
     for number in range(len(source)):
         counts["rows"] += 1
@@ -174,8 +176,11 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
         numbers.append(number)
         lengths.extend(len(ids) for ids, _ in found.sequences)
         keys.append(_split_key(row))
+        margins += found.margin is not None
         cache.add(found.sequences)
     counts["kept"] = len(numbers)
+    if margins:
+        counts[WITH_MARGIN] = margins
     if not numbers:
         raise UserError(f"{source.name}: 0 rows left for {purpose}: {describe(counts)}; relax data.{_loosen(counts)}")
     train, evaluation = _split(np.array(keys, np.uint64), np.array(numbers, np.int64), data.eval_fraction)

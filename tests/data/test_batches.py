@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax.config import Data, Source
 from rlhf_jax.data.batches import make_labelled_data, make_preference_data, make_prompt_data, make_sft_data
-from rlhf_jax.data.table import purpose_of
+from rlhf_jax.data.table import describe, purpose_of
 from rlhf_jax.data.tasks import TASKS
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
@@ -113,6 +113,13 @@ def test_margins_and_unfinished_answers(bpe: Tokenizer):
     assert sorted(batch.margin.tolist()) == [n / 4 for n in range(20)]
     assert all(bpe.eos_id in row for row in batch.chosen.tokens)
     assert not any(bpe.eos_id in row for row in batch.rejected.tokens)
+
+
+def test_rows_without_a_margin_count_0_wherever_they_stand(bpe: Tokenizer):
+    rows = [row | ({"margin": 3.0} if n % 2 else {"margin": None} if n else {}) for n, row in enumerate(_pairs(20))]
+    data = make_preference_data(dataclasses.replace(DATA, eval_fraction=0.0), bpe, seed=0, batch_size=20, rows=rows)
+    assert sorted(data.batch(0).margin.tolist()) == [0.0] * 10 + [3.0] * 10
+    assert describe(data.tables.counts()) == "20 rows, 20 kept, 10 with a margin"
 
 
 def test_prompts_are_left_padded_and_find_their_columns(bpe: Tokenizer):
