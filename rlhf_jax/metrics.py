@@ -65,14 +65,20 @@ def as_row(stage: str, step: int, metrics: Mapping[str, Any], **more: Any) -> di
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, without torn or foreign lines; a file that does not exist has none."""
-    rows = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # a line that a killed process did not finish
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-    return rows
+    return _rows_of(path)[0]
+
+
+def _rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file, and how many lines were none: the last, where a killed process did not finish it, not counted."""
+    rows, lost = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+                continue
+        lost += line.endswith(b"\n")
+    return rows, lost
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class Recorder:
       console: draw the progress line (process 0 only).
       resume_step: finished iterations of the checkpoint that the run continues from: later rows are removed, earlier ones
         kept and not written again. None: a new run, rows of an earlier attempt are removed.
+      every: steps between the rows that the run writes (0: none): where it continues, earlier ones that are missing are told.
       process: index of this process among the hosts; default: asks JAX, which then starts its backend.
       config: the resolved configuration, for the backends.
     Only process 0 writes and draws; `log` converts on every process, so that all may branch on what it returns.
@@ -142,6 +149,7 @@ class Recorder:
         backends: Sequence[str] = (),
         console: bool = True,
         resume_step: int | None = None,
+        every: int = 0,
         process: int | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -160,12 +168,14 @@ class Recorder:
         self._open_phases: list[tuple[str, list[bool]]] = []  # name; not empty: the device's time counts, not the host's
         self._stopwatch = Stopwatch()
         self._before_s = 0.0  # seconds that the run took before it was continued
-        removed = self._prepare_files() if self._writes else ()
+        removed, lost = self._prepare_files(every) if self._writes else ([], [])
         self._mark = self._began = time.monotonic()
         self._line = ProgressLine(stage, total_steps) if self._writes and console else None
         if removed and resume_step is None:
             told = f"no checkpoint to go on from: begins at step 0, without the rows written before (up to step {max(removed)})"
             self.note(f"{self.run_dir}: {told}")
+        for text in lost:
+            self.note(text)
         self._trackers: list[trackers.Tracker] = []
         if self._writes:
             self._trackers = trackers.start(backends, self.run_dir, stage, config or {}, self.note, resume_step=resume_step)
@@ -317,29 +327,46 @@ class Recorder:
         self._mark = now
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
         path = self.run_dir / name
         try:
             with _explained(path), path.open("ab", buffering=0) as file:
-                file.write(lines.encode())
+                before, written = file.tell(), 0
+                try:
+                    while written < len(lines):  # a disk that fills up takes a part, and says so at the next write only
+                        written += file.write(lines[written:])
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(before)  # or the next row would be glued to this part
+                    raise
         except UserError as error:
             if not self._several:
                 raise
             self.failed = self.failed or str(error)
 
-    def _prepare_files(self) -> list[int]:
-        """Remove what the run is about to write again; take over the time already spent. Returns the steps of removed rows."""
-        removed = []
+    def _prepare_files(self, every: int) -> tuple[list[int], list[str]]:
+        """Remove what the run is about to write again; take over the time already spent.
+
+        Returns the steps of removed rows, and what to tell of rows that were written and are there no more.
+        """
+        removed, told = [], []
         for name in (METRICS, SAMPLES):
             path = self.run_dir / name
-            rows = read_rows(path)
+            rows, lost = _rows_of(path)
             again = [row.get("stage") == self.stage and row["step"] > self._held for row in rows]
             kept = [row for row, dropped in zip(rows, again, strict=True) if not dropped]
             removed += [row["step"] for row, dropped in zip(rows, again, strict=True) if dropped]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             if path.is_file() and path.read_bytes() != text.encode():
                 write_atomic(path, text)
+            if lost:
+                told.append(f"{path}: lines that could not be read as rows were removed: {lost}")
             if name == METRICS:
+                own = {row["step"] for row in kept if row.get("stage") == self.stage}
+                absent = [step for step in range(every, self._held + 1, every or 1) if every and step not in own]
+                if absent:
+                    named = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
+                    told.append(f"{path}: no rows of steps {named} (log.every={every}); they are not made again")
                 self._before_s = max((row.get("time_s") or 0.0 for row in kept if row.get("stage") == self.stage), default=0.0)
         old = read_summary(self.run_dir)
         if self._held >= 0 and old.get("stage") == self.stage:
@@ -347,7 +374,7 @@ class Recorder:
                 self._phases = {cost.pop("name"): cost for cost in old["phases"]}
             fixed = ("stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "peak_device_mb")
             self._extra = {name: value for name, value in old.items() if name not in fixed}
-        return removed
+        return removed, told
 
 
 @contextlib.contextmanager

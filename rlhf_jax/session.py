@@ -159,6 +159,7 @@ def open_session(
                 total_steps=settings.steps,
                 backends=settings.log.backends if directory.completed_step is None else (),
                 resume_step=directory.completed_step if restored is None else restored.step,
+                every=settings.log.every,
                 config=dataclasses.asdict(settings),
             )
         )

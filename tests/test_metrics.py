@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import resource
 import subprocess
 import sys
 import threading
@@ -89,6 +90,22 @@ def test_a_continued_run_has_every_row_once(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path, "samples.jsonl")] == [0]
     times = [row["time_s"] for row in rows[1:]]
     assert times == sorted(times)
+
+
+def test_rows_that_are_gone_from_a_continued_run_are_told(tmp_path, capfd):
+    def continued(lines):
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        with Recorder(tmp_path, "ppo", total_steps=9, process=0, resume_step=6, every=2):
+            return [line.removeprefix("ppo  ") for line in capfd.readouterr().err.splitlines() if str(tmp_path) in line]
+
+    metrics, rows = tmp_path / "metrics.jsonl", [json.dumps({"stage": "ppo", "step": step}) + "\n" for step in (2, 4, 5, 6)]
+    assert continued([*rows, rows[-1][:20]]) == []  # a kill
+    assert continued(rows[1:]) == [f"{metrics}: no rows of steps 2 (log.every=2); they are not made again"]
+    assert continued([rows[0], rows[1][:20] + rows[2], *rows[3:], rows[-1][:20]]) == [
+        f"{metrics}: lines that could not be read as rows were removed: 1",
+        f"{metrics}: no rows of steps 4 (log.every=2); they are not made again",
+    ]
+    assert continued([]) == [f"{metrics}: no rows of steps 2, 4, 6 (log.every=2); they are not made again"]
 
 
 def test_the_clock_of_a_continued_run_goes_on(tmp_path):
@@ -205,6 +222,35 @@ def test_a_full_disk_is_one_message_with_the_remedy(tmp_path):
     run = recorder(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); free disk space"):
         run.log(1, {"a/x": 1.0})
+
+
+def test_a_disk_that_fills_up_within_a_row_leaves_no_part_of_it(tmp_path):
+    """With a limit of the system: it takes as much as fits and says only how much that was."""
+    run, limits = recorder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.log(1, {"a/x": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(File too large\)"):
+            run.log(2, {"a/x": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run.log(2, {"a/x": 2.0})
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+def test_a_row_that_is_taken_in_pieces_is_whole(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(data[: len(data) // 2 + 1])
+
+    run = recorder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda path, mode, buffering: Short(path, mode))
+        run.log(1, {"a/x": 1.0})
+        run.log(2, {"a/x": 2.0})
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
 
 
 def test_an_atomic_write_is_whole_or_nothing(tmp_path):
