@@ -8,6 +8,7 @@
 #   --project PROJECT   default: gcloud's own
 #   --setup COMMAND     run on every worker after each start of the slice: mounts what all of them share, logs in to a hub
 #   --create FLAGS      of `gcloud compute tpus tpu-vm create`: makes the slice where there is none, and anew after a preemption
+#   --tries N           of creating it, a minute apart (1440); flags that gcloud does not know end it at once
 #   --restarts N        at most N times (100)
 #   --logs DIR          where the workers' logs are copied to after each run (logs/NAME)
 #   --dry-run           print the commands of a first run and do nothing
@@ -15,10 +16,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-name= zone= project= setup= create= restarts=100 logs= dry=
+name= zone= project= setup= create= tries=1440 restarts=100 logs= dry=
 while [ "$#" -gt 0 ]; do
   case $1 in
-    --name | --zone | --project | --setup | --create | --restarts | --logs)
+    --name | --zone | --project | --setup | --create | --tries | --restarts | --logs)
       [ "$#" -gt 1 ] || { echo "$1 needs a value" >&2; exit 2; }
       declare "${1#--}=$2"
       shift 2
@@ -55,18 +56,23 @@ run() {
 }
 tpu() { run gcloud compute tpus tpu-vm "$@"; }
 everywhere() { tpu ssh "$name" "${where[@]}" --worker=all --command="$1"; }
-state() { gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null || echo ABSENT; }
+state() { gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2> >(grep -v NOT_FOUND >&2) || echo ABSENT; }
 
 make_slice() {
-  local now=ABSENT
-  [ -n "$dry" ] || now=$(state)
-  if [ "$now" = READY ]; then return; fi
-  [ -n "$create" ] || { echo "$name is $now; start it, or give --create and its flags" >&2; exit 1; }
-  [ "$now" = ABSENT ] || tpu delete "$name" "${where[@]}" --quiet
-  # shellcheck disable=SC2086 # flags are several words
-  until tpu create "$name" "${where[@]}" $create; do
-    echo "$name cannot be had at the moment; trying again in a minute" >&2
-    sleep 60
+  local now=ABSENT try result
+  for ((try = 1; ; try++)); do
+    [ -n "$dry" ] || now=$(state)
+    if [ "$now" = READY ]; then return; fi
+    [ -n "$create" ] || { echo "$name is $now; start it, or give --create and its flags" >&2; exit 1; }
+    [ "$now" = ABSENT ] || tpu delete "$name" "${where[@]}" --quiet || true
+    result=0
+    # shellcheck disable=SC2086 # flags are several words
+    tpu create "$name" "${where[@]}" $create || result=$?
+    if [ "$result" = 0 ]; then return; fi
+    [ "$result" != 2 ] || exit 2 # a flag that gcloud does not know
+    echo "$name could not be made, gcloud says why (try $try of $tries)" >&2
+    [ "$try" -lt "$tries" ] || exit "$result"
+    sleep "${TPU_VM_PAUSE_S:-60}"
   done
 }
 
@@ -77,12 +83,12 @@ install() {
   everywhere "mkdir -p rlhf-jax && tar -xzf rlhf-jax.tar.gz -C rlhf-jax && cd rlhf-jax && bash scripts/tpu_install.sh"
 }
 
-# Returns the run's own status, where the first worker can still be asked for it, else gcloud's.
+# Returns the run's own status, where the first worker can still be asked for it, else gcloud's; 255 where the run has not ended.
 start() {
   local words result=0
   printf -v words ' %q' "$@"
   everywhere "cd rlhf-jax && bash scripts/tpu_worker.sh$words" || result=$?
-  [ "$result" = 0 ] || result=$(tpu ssh "$name" "${where[@]}" --worker=0 --command='cat rlhf-jax/worker.status' 2>/dev/null || echo "$result")
+  [ "$result" = 0 ] || result=$(tpu ssh "$name" "${where[@]}" --worker=0 --command='cat rlhf-jax/worker.status || echo 255' 2>/dev/null || echo "$result")
   return "$result"
 }
 

@@ -47,7 +47,7 @@ TINY = {  # what makes a stage of the pages small
     "sft": "steps=2 batch_size=8 data.max_tokens=64 data.max_prompt_tokens=40 model.scratch.width=32 model.scratch.layers=1 "
     "model.scratch.heads=2 model.scratch.kv_heads=1 model.scratch.mlp_width=48 model.scratch.vocabulary=300",
     "reward": "steps=1 batch_size=8 data.max_tokens=64 data.max_prompt_tokens=40",
-    "ppo": "steps=1 batch_size=16 data.max_prompt_tokens=40 sampling.max_new_tokens=8",
+    "ppo": "steps=4 batch_size=16 data.max_prompt_tokens=40 sampling.max_new_tokens=8",
 }
 
 
