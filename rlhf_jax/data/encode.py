@@ -100,10 +100,8 @@ def _fit(
     """The sequence within its limits, or None where the policy drops it."""
     ids, trained = sequence
     prompt = trained.index(True)
-    # Fine-tuning limits the whole sequence only: a long prompt with a short answer is as good as any.
-    limit = data.max_tokens - 1 if purpose == "sft" else min(data.max_prompt_tokens, data.max_tokens - 1)
+    limit, key = _limit(purpose, data)
     if prompt > limit:
-        key = "max_tokens" if limit == data.max_tokens - 1 else "max_prompt_tokens"
         if not _allowed(prompt, limit, key, data, where):
             return None
         kept = cut_left(ids[:prompt], limit, tokenizer)
@@ -133,9 +131,18 @@ def cut_left(ids: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
     return ids[len(ids) - limit :]
 
 
+def _limit(purpose: Purpose, data: Data) -> tuple[int, str]:
+    """The tokens that a prompt may have, and the key that says so; one is left for an answer that stands behind it.
+
+    Fine-tuning limits the whole sequence only: a long prompt with a short answer is as good as any.
+    """
+    whole, prompt = (data.max_tokens - 1, "max_tokens"), (data.max_prompt_tokens, "max_prompt_tokens")
+    return prompt if purpose == "prompts" else whole if purpose == "sft" else min(whole, prompt)
+
+
 def _too_long(purpose: Purpose, data: Data) -> str:
-    limit = f"max_tokens - 1 = {data.max_tokens - 1}" if purpose == "sft" else f"max_prompt_tokens = {data.max_prompt_tokens}"
-    return f"prompt longer than {limit}"
+    limit, key = _limit(purpose, data)
+    return f"prompt longer than {key}{' - 1' if key == 'max_tokens' else ''} = {limit}"
 
 
 def _blank(answer: Text) -> bool:

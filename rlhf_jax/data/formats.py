@@ -165,8 +165,9 @@ def _prompt(row: dict[str, Any], form: str, where: str) -> Row:
 def _preference(row: dict[str, Any], form: str, where: str) -> Row:
     prompt, chosen, rejected = _pair(row, where)
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise BadRow(f"{where}: column margin must be a number, found {_kind(margin)}")
+    number = isinstance(margin, int | float) and not isinstance(margin, bool)
+    if margin is not None and not (number and abs(margin) < 2.0**127):  # float32 holds it; NaN is below nothing
+        raise BadRow(f"{where}: column margin must be a finite number, found {_kind(margin)}")
     return Row(
         prompt=prompt,
         chosen=chosen,

@@ -30,6 +30,7 @@ _READ = 1 << 22
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 _BOM = b"\xef\xbb\xbf"
+_EXTREME = "JSON nested too deeply, or a whole number in it has too many digits,"  # Python reads at most 4300
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -147,11 +148,11 @@ def _parse(raw: bytes, where: Callable[[], str]) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         at = len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
         raise BadRow(
-            f"{where()}:{error.pos + 1}: not JSON ({error.msg}) near {_excerpt(raw, at)}; "
-            "one JSON object a line is expected: mend the line, or set data.on_bad_rows=skip"
+            f"{where()}:{error.pos + 1}: not JSON ({error.msg}) near {_excerpt(raw, at)}; one JSON object a line is expected, "
+            "or one array of objects in a .json file: mend the line, or set data.on_bad_rows=skip"
         ) from None
-    except RecursionError:
-        raise BadRow(f"{where()}:1: JSON nested too deeply to be a row; mend it, or set data.on_bad_rows=skip") from None
+    except (RecursionError, ValueError):
+        raise BadRow(f"{where()}:1: {_EXTREME} to be a row; mend it, or set data.on_bad_rows=skip") from None
     if not isinstance(value, dict):
         raise BadRow(
             f'{where()}:1: a row must be a JSON object such as {{"prompt": "…"}}, found {type(value).__name__} {_excerpt(raw, 0)}'
@@ -184,6 +185,8 @@ def _array(stream: IO[bytes], name: str) -> list[Any]:
             f"{name}:{error.lineno}:{error.colno}: not JSON ({error.msg}) near {error.doc[max(0, error.pos - 24) :][:48]!r}; "
             "mend the array, or write one JSON object a line into a .jsonl file"
         ) from None
+    except (RecursionError, ValueError):
+        raise UserError(f"{name}: {_EXTREME} to hold rows; mend the array") from None
     if not value:
         raise UserError(f"{name}: an empty array; expected at least one row")
     return value

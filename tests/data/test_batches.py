@@ -199,6 +199,13 @@ def test_long_prompts_follow_the_policy(bpe: Tokenizer):
         )
 
 
+def test_a_prompt_that_is_dropped_names_the_key_that_dropped_it(bpe: Tokenizer):
+    rows = [{"prompt": f"the film {n}", "chosen": " yes", "rejected": " no"} for n in range(4)]
+    for key, words in (("max_tokens", "max_tokens - 1 = 2"), ("max_prompt_tokens", "max_prompt_tokens = 3")):
+        with pytest.raises(UserError, match=f"4 dropped: prompt longer than {words}, 0 kept"):
+            make_preference_data(dataclasses.replace(DATA, **{key: 3}), bpe, seed=0, batch_size=2, rows=rows)
+
+
 def test_long_answers_are_cut_and_lose_their_end(bpe: Tokenizer):
     rows = [{"prompt": f"{n}:", "completion": " ".join(WORDS * 8)} for n in range(8)]
     data = make_sft_data(dataclasses.replace(DATA, max_tokens=32, eval_fraction=0.0), bpe, seed=0, batch_size=8, rows=rows)

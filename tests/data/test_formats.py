@@ -113,7 +113,14 @@ def test_renames():
         ({"messages": [{"role": "user", "content": None}]}, "sft", ("messages[0]",)),
         ({"chosen": "abc", "rejected": "abd"}, "preferences", ("no prompt column", "Assistant:")),
         ({"chosen": "abc", "rejected": [BOT]}, "preferences", ("both strings or both lists",)),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "preferences", ("margin must be a number",)),
+        *(
+            (
+                {"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin},
+                "preferences",
+                ("margin must be a finite number",),
+            )
+            for margin in ("big", True, float("inf"), -float("inf"), float("nan"), 1e39, 10**400)
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_finished": 1}, "preferences", ("true or false",)),
         ({"text": "y" * 1000, "prompt": None, "completion": "z"}, "sft", ("prompt must be",)),
     ],

@@ -73,7 +73,9 @@ def test_digest_follows_content(tmp_path: Path):
         (b'{"prompt": "\xff"}', (":2:13: invalid UTF-8 byte 0xff",)),
         (b"[1, 2]", (":2:1: a row must be a JSON object", "list")),
         ('{"é": ]}'.encode(), (":2:7: not JSON", "é")),
+        (b"{", (":2:2: not JSON", "or one array of objects in a .json file")),
         (b"[" * 100_000, (":2:1: JSON nested too deeply",)),
+        (b'{"n": ' + b"1" * 5000 + b"}", (":2:1: JSON nested too deeply, or a whole number in it has too many digits",)),
         (b'{"a": 1}{"b": 2}', (":2:9: not JSON (Extra data)",)),
     ],
 )
@@ -96,6 +98,8 @@ def test_bad_lines_are_named_by_path_line_and_column(tmp_path: Path, line: bytes
         ("blank.jsonl", b"\n \n\r\n", ("only blank lines",)),
         ("empty.json", b"[]", ("empty array",)),
         ("bad.json", b'[\n{"a": 1},\n{"a": }\n]', (":3:7: not JSON",)),
+        ("deep.json", b"[" * 100_000, ("JSON nested too deeply",)),
+        ("digits.json", b'[{"n": ' + b"1" * 5000 + b"}]", ("has too many digits",)),
         ("bad_utf8.json", b'["\xff"]', ("invalid UTF-8 at byte 3",)),
         ("a.csv", b"a,b\n", ("none of .jsonl, .ndjson, .json, .parquet",)),
         ("a.jsonl.gz", b"not gzip", ("damaged or not gz",)),
