@@ -83,6 +83,19 @@ def alarm_messages(alarms: Any, limits: Health) -> list[str]:
     ]
 
 
+def skip_message(skipped: int) -> str | None:
+    """What to tell of the `skipped`-th skipped update since the start: of the first, the 10th, the 100th, ….
+
+    The counter in the state forgets what was skipped before an update that was finite: single bad rows never end a run.
+    """
+    if skipped not in (10**power for power in range(6)):
+        return None
+    return (
+        f"an update was skipped ({skipped} since the start), for its loss or gradient was not finite (update/skipped); "
+        "look at the data and the reward, or lower the learning rate"
+    )
+
+
 def require_finite_steps(bad_steps: int, limits: Health, dump: Callable[[], Path], *, step: int) -> None:
     """UserError once `bad_steps` updates in a row were skipped; `dump` writes the batch and returns its file."""
     if bad_steps < limits.max_bad_steps:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Session:
     watchdog: health.Watchdog
     profile: Profile
     owes_evaluation: bool  # of the step it was restored from: a reward failed there
+    skipped: list[int] = field(default_factory=list)  # steps since the start with an update that was not finite
 
     def evaluation_due(self, step: int) -> bool:
         """After the last step, and every log.eval_every steps."""
@@ -70,6 +71,10 @@ class Session:
         self.recorder.progress(step, host)
         if alarms is not None:
             for text in health.alarm_messages(alarms, self.settings.health):
+                self.recorder.note(f"step {step}: {text}")
+        if bad:
+            self.skipped.append(step)
+            if text := health.skip_message(len(self.skipped)):
                 self.recorder.note(f"step {step}: {text}")
         path = self.directory.path / f"bad-step-{step}.npz"
 

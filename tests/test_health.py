@@ -74,6 +74,11 @@ def test_an_alarm_speaks_at_its_patience_and_then_ever_more_rarely():
     assert spoken == [3, 30, 300, 3000]
 
 
+def test_skipped_updates_speak_ever_more_rarely():
+    assert [n for n in range(1, 4000) if health.skip_message(n)] == [1, 10, 100, 1000]
+    assert "(10 since the start)" in str(health.skip_message(10))
+
+
 def test_counters_of_another_length_are_refused():
     with pytest.raises(ValueError, match="alarms have shape"):
         advance_alarms(jnp.zeros(5, jnp.int32), {}, Health(), max_new_tokens=1)

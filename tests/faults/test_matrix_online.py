@@ -156,6 +156,7 @@ def test_row_41_updates_that_explode_are_skipped_and_the_run_stops_after_three(c
     accept = "steps,actor_optimizer.learning_rate,actor_optimizer.clip_norm"
     status, text = command("ppo", ppo, *keys, "--resume-override", accept)
     assert status == 2
+    assert text.count("step 3: an update was skipped (1 since the start)") == text.count("update was skipped") == 1
     assert "3 updates in a row; none of them touched the parameters" in text
     dumps = list(out.glob("bad-step-*.npz"))
     assert len(dumps) == 1
