@@ -7,6 +7,7 @@ number of devices is `check_batch`, which the loops call when they know the mesh
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ class Range:
         return f"{low} and {'below' if self.high_open else 'at most'} {self.high:.10g}"
 
 
-COUNT = Range(low=1)
+_NAMELESS = re.compile("[\0\ud800-\udfff]")  # YAML can escape them, and no file has them in its name
+COUNT = Range(low=1, high=2**31 - 1)  # programs count in int32
 PAIR = Range(low=2)
 NOT_NEGATIVE = Range(low=0)
 POSITIVE = Range(low=0, low_open=True)
@@ -73,7 +75,8 @@ RANGES: dict[str, Range] = {
     "length_buckets": Range(low=1, high=16),
     "max_tokens": Range(low=2),
     "eval_fraction": FRACTION_BELOW_1,
-    **dict.fromkeys(("timeout_s", "target", "horizon"), POSITIVE),
+    "timeout_s": Range(low=0, low_open=True, high=1e6),  # a socket waits for 2**31 ms at most
+    **dict.fromkeys(("target", "horizon"), POSITIVE),
     **dict.fromkeys(("gamma", "lam"), FRACTION),
     **dict.fromkeys(("clip_low", "ema_decay"), BETWEEN_0_AND_1),
     **dict.fromkeys(("clip_high", "value_clip", "reward_clip", "kl_stop"), POSITIVE),
@@ -97,8 +100,8 @@ def find_problems(config: Any) -> list[Problem]:
     """Every broken rule of a configuration, as (dotted key, message)."""
     out_of_range = list(_ranges(config, ""))
     problems = [Problem(key, text) for key, text, _ in out_of_range]
-    if any(rule is COUNT for *_, rule in out_of_range) or not isinstance(config, c.Run):
-        return problems  # the rules below divide by counts
+    if any(rule in (COUNT, None) for *_, rule in out_of_range) or not isinstance(config, c.Run):
+        return problems  # the rules below divide by counts, and look at files
     problems += _model(config.model, config.mesh)
     problems += _data(config.data, "data")
     problems += _batch(config)
@@ -117,12 +120,15 @@ def range_of(cls: type, name: str) -> Range | None:
     return RANGES.get(f"{cls.__name__}.{name}", RANGES.get(name))
 
 
-def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range]]:
+def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range | None]]:
+    """(key, message, rule) of every number out of its range, and of texts that name nothing: they have no rule."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         rule = range_of(type(config), field.name)
         if rule is not None and value is not None and not rule.holds(value):
             yield name, f"{name} is {value:g}; it must be {rule.words()}", rule
+        if isinstance(value, str) and (not value or _NAMELESS.search(value)):
+            yield name, f"{name} is {json.dumps(value)}, which is no name; write one, or leave the key out", None
         if dataclasses.is_dataclass(value):
             yield from _ranges(value, f"{name}.")
         for i, item in enumerate(value if isinstance(value, tuple) else ()):
@@ -155,6 +161,8 @@ def _model(model: c.Model, mesh: c.Mesh) -> Iterator[Problem]:
                 "model.scratch.kv_heads",
                 f"model.scratch.kv_heads is {kv_heads}; it must divide heads = {heads}; these do: {_list(_divisors(heads))}",
             )
+    if model.lora is not None and not model.lora.targets:
+        yield Problem("model.lora.targets", "model.lora.targets is empty; name at least one matrix, such as [q, v]")
     heads = model_fact(model, "heads")
     if heads is not None and heads % max(mesh.tensor, 1):
         yield Problem(
@@ -375,7 +383,8 @@ def _nearest(values: list[int], wanted: int) -> str:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _list(values: list[int]) -> str:

@@ -79,7 +79,10 @@ def _override(root: Node, override: str) -> Node:
     where = f"override {override!r}"
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
         raise UserError(f"{where}: write key=value, such as ppo.kl_coef=0.1")
-    return _with(root, name.split("."), strict_yaml.parse(text, lambda line: where), name)
+    value = strict_yaml.parse(text, lambda line: where)
+    if comment := strict_yaml.comment(text):
+        raise UserError(f"{where}: {comment!r} would be a comment and be lost; quote the value, such as '{name}=\"a #b\"'")
+    return _with(root, name.split("."), value, name)
 
 
 def _with(node: Node, path: Sequence[str], value: Node, name: str) -> Node:
@@ -259,7 +262,8 @@ def _remedy(kind: Any, node: Node) -> str:
         return f"; write {meant}" if meant else ""
     bare = text.replace("_", "").replace(",", "").strip()
     if kind is int and _FLOAT.fullmatch(bare) and math.isfinite(float(bare)):
-        return f"; write {round(float(bare))}"
+        whole = str(round(float(bare)))
+        return f"; write {whole}" if _INT.fullmatch(whole) else " of at most 18 digits"
     if kind is float and _FLOAT.fullmatch(bare) and math.isfinite(float(bare)):
         return f"; write {float(bare):g}"
     return ""

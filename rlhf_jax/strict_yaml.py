@@ -91,6 +91,17 @@ def parse(text: str, where: Where) -> Node:
     return _convert(root, where, [0], 0)
 
 
+def comment(text: str) -> str:
+    """The first comment in a text that `parse` takes: what stands between its tokens; "" where there is none."""
+    end = 0
+    for token in yaml.scan(text):
+        between = text[end : token.start_mark.index]
+        if "#" in between:
+            return between[between.index("#") :].splitlines()[0]
+        end = token.end_mark.index
+    return ""
+
+
 def _syntax_message(error: yaml.MarkedYAMLError, text: str, where: Where, line: int) -> str:
     lines = text.splitlines()
     problem = error.problem or "not valid YAML"

@@ -122,7 +122,8 @@ def test_stage_has_its_own_keys():
         ("steps: 12:30\n", "run.yaml:5: steps is 12:30; it must be a whole number"),
         ("steps: '10'\n", 'run.yaml:5: steps is "10"; it must be a whole number; write 10'),
         ("steps: yes\n", "run.yaml:5: steps is yes; it must be a whole number"),
-        ("steps: 99999999999999999999\n", "it must be a whole number"),
+        ("steps: 99999999999999999999\n", "steps is 99999999999999999999; it must be a whole number of at most 18 digits"),
+        ("steps: 1e30\n", "it must be a whole number of at most 18 digits"),
         ("steps:\n", "run.yaml:5: steps has no value; it must be a whole number"),
         ("steps: [1]\n", "run.yaml:5: steps is a list; it must be a whole number"),
         ("ppo: {clip_low: no}\n", "run.yaml:5: ppo.clip_low is no; it must be a number"),
@@ -182,6 +183,15 @@ def test_override_without_key_and_value(override):
     assert refusal(GOOD, override) == f"override {override!r}: write key=value, such as ppo.kl_coef=0.1"
 
 
+def test_a_comment_in_an_override_is_refused_and_a_quoted_or_joined_number_sign_is_text():
+    told = "override 'out=exp #3': '#3' would be a comment and be lost; quote the value, such as 'out=\"a #b\"'"
+    assert refusal(GOOD, "out=exp #3") == told
+    for text in ("# 3", "'a' # b", "[a, b] #c", "{a: b} #", "a: b #c"):
+        assert "would be a comment" in refusal(GOOD, f"log.backends={text}")
+    assert [load(GOOD, f"out={text}").out for text in ("'exp #3'", '"exp #3"', "exp#3")] == ["exp #3", "exp #3", "exp#3"]
+    assert load(GOOD, "data.columns={a: 'b # c', d: 'it''s #1'}").data.columns == {"a": "b # c", "d": "it's #1"}
+
+
 def test_override_inside_a_value():
     assert "override 'steps.x=3': steps.x lies inside run.yaml:5, which is no group" in refusal(GOOD + "steps: 4\n", "steps.x=3")
     assert "override 'seed=[1': " in refusal(GOOD, "seed=[1")
@@ -235,6 +245,14 @@ def test_size_depth_and_aliases_are_bounded(text, message):
             ["batch_size=12", "ppo.minibatches=2", "ppo.micro_batches=2", "mesh.data=2", "mesh.fsdp=4"],
             "2 minibatches x 2 micro-batches x 8 devices (mesh.data x mesh.fsdp) = 32 (12 / 32 = 0.375); nearest: 32",
         ),
+        (["batch_size=900000000000000000"], "batch_size is 9e+17; it must be at least 1 and at most 2147483647"),
+        (["batch_size=1000000007", "score_parts=2"], "score_parts is 2; it must divide batch_size; these do: 1, 1000000007"),
+        (["reference=''"], 'override "reference=\'\'": reference is "", which is no name; write one, or leave the key out'),
+        (["model.tokenizer=''"], 'model.tokenizer is "", which is no name'),
+        (['out="a\\0b"'], 'out is "a\\u0000b", which is no name'),
+        (['reward.functions=[{function: "a\\ud800"}]'], 'reward.functions.0.function is "a\\ud800", which is no name'),
+        (["reward.timeout_s=1e30"], "reward.timeout_s is 1e+30; it must be above 0 and at most 1000000"),
+        (["model.lora.targets=[]"], "model.lora.targets is empty; name at least one matrix, such as [q, v]"),
         (["batch_size=0"], "override 'batch_size=0': batch_size is 0; it must be at least 1"),
         (["ppo.gamma=1.5"], "override 'ppo.gamma=1.5': ppo.gamma is 1.5; it must be at least 0 and at most 1"),
         (["sampling.top_p=0"], "sampling.top_p is 0; it must be above 0 and at most 1"),
