@@ -115,13 +115,16 @@ def command(conversation: Conversation, line: str) -> str | None:
 
 
 def answer_lines(conversation: Conversation, source: TextIO, out: TextIO) -> None:
-    r"""One answer a line, line breaks in it written as \n; commands are obeyed in silence, mistakes raised."""
+    r"""One answer a line, line breaks in it written as \n, to a blank line a blank one.
+
+    Commands are obeyed in silence, mistakes raised.
+    """
     for line in source:
         if line.startswith("/"):
             if command(conversation, line) is None:
                 return
-        elif line.strip():
-            text = "".join(conversation.answer(line.rstrip("\n")))
+        else:
+            text = "".join(conversation.answer(line.rstrip("\n"))) if line.strip() else ""
             out.write(printable(text).strip().replace("\n", "\\n") + "\n")
             out.flush()
 

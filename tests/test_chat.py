@@ -65,7 +65,8 @@ def test_one_answer_a_line(conversation, streamer):
     answer_lines(conversation, io.StringIO("what is 2 + 3 ?\n\n/system be brief\nand 4 ?\n/quit\nnever read\n"), out)
     lines = out.getvalue().splitlines()
     said = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
-    assert lines == [printable(text).strip().replace("\n", "\\n") for text in said]
+    one, other = (printable(text).strip().replace("\n", "\\n") for text in said)
+    assert lines == [one, "", other], "a blank line has its place among the answers, and the model is not asked"
     assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     again = Conversation(streamer, max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3)
     assert "".join(again.answer("what is 2 + 3 ?")) == said[0]

@@ -219,6 +219,9 @@ def test_an_answer_can_be_sent_back(language):
 def test_models_and_health(language, rewarding):
     (entry,) = language.client.models.list().data
     assert (entry.id, entry.owned_by) == ("tiny", "rlhf-jax")
+    assert language.client.models.retrieve("tiny") == entry
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt' is not here; this is 'tiny'"):
+        language.client.models.retrieve("gpt")
     assert language.http("GET", "/v1/models")[1]["data"][0]["max_model_len"] == directories.LENGTH
     assert rewarding.http("GET", "/v1/models")[1]["data"][0]["kind"] == "score"
     assert language.http("GET", "/health") == (200, {"status": "ok", "requests": 0})
@@ -311,6 +314,7 @@ def test_another_run_can_use_it_as_its_reward_server(rewarding):
         ("completions", {"prompt": [300]}, 400, "a token id of the prompt is [300]; it must be between 0 and"),
         ("completions", {"prompt": ["a"] * 65}, 400, "65 prompts in one request"),
         ("completions", {"prompt": {"a": 1}}, 400, "prompt"),
+        ("completions", {"prompt": "a", "\ud83d": 1}, 400, "a key: input should be a valid string"),
         ("score", {"prompt": "a", "response": "b"}, 400, "tiny is a language model, which cannot do this"),
         ("score", {"prompt": "a"}, 400, "tiny is a language model"),
         ("embeddings", {"input": "a"}, 404, "POST /v1/embeddings: Not Found"),

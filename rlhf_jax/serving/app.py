@@ -53,11 +53,11 @@ def make_app(service: Service) -> Any:
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    def endpoint(handler: Callable[[Service, bytes], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+    def endpoint(handler: Callable[..., Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
         async def run(request: Any) -> Any:
             if service.hosts and request.url.hostname not in service.hosts:
                 raise Refusal(403, f"this server is {service.hosts[0]}, not {request.url.hostname}")
-            found = await handler(service, await body_of(request))
+            found = await handler(service, await body_of(request), **request.path_params)
             if isinstance(found, dict):
                 return JSONResponse(found)
             if hasattr(found, "__aiter__"):

@@ -184,9 +184,10 @@ def _refusal(cls: type[_Checked], error: pydantic.ValidationError) -> Refusal:
 
     first = min(error.errors(include_url=False), key=rank)
     loc = [part for part in first["loc"] if not re.fullmatch(r"str|list\[.*\]|constrained-.*", str(part))] or first["loc"]
-    param = ".".join(map(str, loc))
+    param = ".".join(map(str, loc)) or "a key"  # half a surrogate pair, which is in no place
     if first["type"] == "extra_forbidden":
         of = next((_PARTS[part] for part in reversed(loc[:-1]) if part in _PARTS), cls)
         return Refusal(400, f"{param} is not supported; supported are: {', '.join(of.model_fields)}", param=param)
     value = "" if first["type"] == "missing" else f", found {json.dumps(first['input'], default=str)[:80]}"
-    return Refusal(400, f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}{value}", param=str(first["loc"][0]))
+    where = str(first["loc"][0]) if loc else None
+    return Refusal(400, f"{param}: {first['msg'][0].lower()}{first['msg'][1:]}{value}", param=where)

@@ -42,12 +42,14 @@ class Service:
         finally:
             self.requests -= 1
 
+    def named(self, name: str | None) -> None:
+        """Raise `Refusal` where the name is another model's."""
+        if name not in (None, self.name):
+            raise Refusal(404, f"the model {name!r} is not here; this is {self.name!r}", param="model", code="model_not_found")
+
     def check(self, request: Any, wanted: type) -> None:
         """Raise `Refusal` where the name is another model's, the model is of another kind, or too many wait."""
-        if request.model not in (None, self.name):
-            raise Refusal(
-                404, f"the model {request.model!r} is not here; this is {self.name!r}", param="model", code="model_not_found"
-            )
+        self.named(request.model)
         if not isinstance(self.model, wanted):
             kind, can = ("reward model", "score") if isinstance(self.model, Scorer) else ("language model", "completions")
             raise Refusal(400, f"{self.name} is a {kind}, which cannot do this; it answers /v1/{can}", code="wrong_model_kind")
@@ -105,17 +107,24 @@ async def list_models(service: Service, raw: bytes) -> Any:
     return {"object": "list", "data": [entry | {"kind": kind, "max_model_len": service.model.max_length}]}
 
 
+async def one_model(service: Service, raw: bytes, name: str) -> Any:
+    """GET /v1/models/NAME."""
+    service.named(name)
+    return (await list_models(service, raw))["data"][0]
+
+
 async def health(service: Service, raw: bytes) -> Any:
     """GET /health."""
     del raw
     return {"status": "ok", "requests": service.requests}
 
 
-ROUTES: tuple[tuple[str, str, Callable[[Service, bytes], Awaitable[Any]]], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[..., Awaitable[Any]]], ...] = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
     ("POST", "/v1/score", score),
     ("GET", "/v1/models", list_models),
+    ("GET", "/v1/models/{name:path}", one_model),  # a directory's name has slashes
     ("GET", "/health", health),
 )
 
