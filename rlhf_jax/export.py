@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, setups, shelf
+from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, rundir, setups, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import nest
 from rlhf_jax.models import lora
@@ -63,9 +63,9 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
 
 def _calibration(run_dir: Path, saved: Path, stage: str) -> Calibration:
     """Of a reward model: what the run measured when it was done, where this is the state it was measured with."""
+    record = rundir.read_record(run_dir) if stage == "reward" else None
     measured = run_dir / "final" / "config.json"
-    record = json.loads((run_dir / "run.json").read_bytes())
-    if stage != "reward" or str(record["completed_step"]) != saved.name or not measured.is_file():
+    if record is None or str(record["completed_step"]) != saved.name or not measured.is_file():
         return Calibration()
     found = json.loads(measured.read_bytes())
     return Calibration(float(found["mean"]), float(found["std"]))

@@ -165,7 +165,7 @@ def _open(
     try:
         if from_scratch:
             _set_aside(path, say)
-        earlier = _read_record(path)
+        earlier = read_record(path)
         _require_known(override, config, earlier, fingerprints)
         if earlier is not None:
             if _has_results(path, earlier):
@@ -239,7 +239,7 @@ def _json_object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """The earlier start's record, None in a new directory; UserError where files of ours lie there without a record."""
     file = path / "run.json"
     if not file.exists():

@@ -64,6 +64,7 @@ class OnlinePlan:
             f"data: prompts {widths} tokens wide (data.length_buckets), {self.data.padded_fraction:.1%} of that is padding; "
             f"{buckets.programs(self.settings, len(self.data.buckets))} programs",
             *offload_notes(self.settings, self.mesh),
+            *([f"ptx_data: not read, {self.stage}.ptx_coef is 0"] if self.settings.ptx_data and not self.ptx else []),
         ]
 
     @property

@@ -212,7 +212,13 @@ def test_a_run_is_exported_again_as_it_exported_itself(
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"is damaged: .*{victim.name}"):
         export.export(tmp_path / "harmed", tmp_path / "new")
+    for stage in ("reward", "sft"):  # of the two a reward model alone has something to look up there
+        harmed = shutil.copytree(base / stage, tmp_path / f"{stage}-recordless")
+        (harmed / "run.json").write_text('{"completed_step": 4')
+    with pytest.raises(UserError, match=r"reward-recordless/run\.json is damaged"):
+        export.export(tmp_path / "reward-recordless", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    assert same_model(export.export(tmp_path / "sft-recordless", tmp_path / "new"), base / "sft" / "final")
 
 
 def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, setups.OnlineSetup], base: Path) -> None:

@@ -58,6 +58,12 @@ def test_a_language_model_is_no_reward_model(tmp_path):
         setups.plan_online("ppo", run)
 
 
+def test_data_of_a_mixture_without_weight_is_told(tmp_path):
+    told = "ptx_data: not read, ppo.ptx_coef is 0"
+    assert told in setups.plan_online("ppo", ppo_run(tmp_path, ptx_data=config.Data(path="nowhere.jsonl"))).notes
+    assert told not in setups.plan_online("ppo", ppo_run(tmp_path, ptx_data=DATA, ppo=config.PPO(ptx_coef=0.1))).notes
+
+
 def test_tokens_must_mean_the_same_to_all_models(tmp_path):
     path = foreign_reward_model(tmp_path / "foreign")
     message = r"has another tokenizer than the model: \d+ of \d+ tokens differ, the first is \d+, .* for the model and .* here"
