@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax import integrity, processes
+from rlhf_jax import integrity, processes, shelf
 from rlhf_jax.errors import UserError, without_secrets
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class RunDir:
 
     @property
     def completed_step(self) -> int | None:
-        """The step at which the run was completed, exports included; None while it was not."""
+        """The step at which the run was completed, exports included; None while it was not, and where `final/` is lost."""
         return self._record.get("completed_step")
 
     def complete(self, step: int) -> None:
@@ -184,7 +184,8 @@ def _open(
             "fingerprints": fingerprints,
         }
         same = earlier is None or _flat(earlier["config"]).get("steps") == _flat(config).get("steps")
-        record |= {"starts": [*record["starts"], start], "completed_step": record["completed_step"] if same else None}
+        completed = record["completed_step"] if same and not _lost_export(path, record, say) else None
+        record |= {"starts": [*record["starts"], start], "completed_step": completed}
         _write_record(path, record)
         integrity.write_atomically(path / "config.resolved.yaml", config_text)
         integrity.write_atomically(path / "env.json", json.dumps(environment(), indent=1) + "\n")
@@ -307,6 +308,19 @@ def _tell_edited(earlier: dict[str, Any], fingerprints: dict[str, str], say: Cal
         before, now = earlier["fingerprints"][name], fingerprints[name]
         if before != now:
             say(f"{name}: the file was edited since the run began ({before}, now {now}); from here on the new one counts")
+
+
+def _lost_export(path: Path, record: dict[str, Any], say: Callable[[str], None]) -> bool:
+    """The run is complete but for `final/`, which somebody took away; UserError where no checkpoint is left to write it from."""
+    if record["completed_step"] is None or (path / "final").is_dir():
+        return False
+    if not any(shelf.finished(path / "checkpoints")):
+        raise UserError(
+            f"out={path} is complete at step {record['completed_step']}, but final/ is gone, and no checkpoint is left "
+            "to write it from.\nPut one of them back, or train again with --from-scratch (moves the earlier run aside, deletes nothing)."
+        )
+    say(f"{path / 'final'} is gone: it is written again from the newest checkpoint")
+    return True
 
 
 def _tell_devices(earlier: dict[str, Any], config: dict[str, Any], devices: int | None, say: Callable[[str], None]) -> None:

@@ -120,6 +120,7 @@ def test_another_mesh_or_number_of_devices_is_told_not_refused(tmp_path):
 
 def test_a_completed_run_says_so_until_more_steps_are_asked_for(tmp_path):
     with open_run(tmp_path, text(), PRINTS) as run:
+        (tmp_path / "final").mkdir()
         run.complete(10)
         assert run.completed_step == 10
     with open_run(tmp_path, text(), PRINTS) as run:

@@ -227,6 +227,19 @@ def test_the_same_command_again_says_that_it_is_complete(policy: tuple[Path, set
     assert (policy[0] / metrics.METRICS).read_bytes() == before
 
 
+def test_exports_that_were_taken_away_are_made_again_as_they_were(
+    policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path
+) -> None:
+    for name in ("reward", "ppo"):
+        shutil.copytree(base / name, tmp_path / name)
+        for path in (tmp_path / name).glob("final*"):
+            shutil.rmtree(path)
+    offline.run("reward", reward_run(tmp_path / "reward", base / "sft" / "final"))
+    online.run("ppo", ppo_run(tmp_path / "ppo", base / "sft" / "final", base / "reward" / "final"))
+    for name in ("reward/final", "ppo/final", "ppo/final-critic"):
+        assert same_model(tmp_path / name, base / name), name
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: nothing to compare")
 @pytest.mark.usefixtures("one_device")
 def test_one_device_and_eight_agree(policy: tuple[Path, setups.OnlineSetup], base: Path, tmp_path: Path) -> None:

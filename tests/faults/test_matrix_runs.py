@@ -220,6 +220,24 @@ def test_row_20_a_run_killed_before_its_export_exports_when_it_is_resumed_at_the
     assert same_as_uninterrupted(out, finished)
 
 
+def test_row_20_an_export_that_was_taken_away_is_made_again_while_there_is_a_checkpoint(command, sft, finished):
+    out = sft.parent / "sft"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "final")
+    status, text = command("sft", sft)
+    assert status == 0
+    assert f"{out / 'final'} is gone: it is written again" in text
+    assert same_as_uninterrupted(out, finished)
+    assert "already complete" in command("sft", sft)[1]
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints")
+    before = (out / "metrics.jsonl").read_bytes(), (out / "run.json").read_bytes()
+    status, text = command("sft", sft)
+    assert status == 2
+    assert "complete at step 6, but final/ is gone, and no checkpoint is left" in text
+    assert ((out / "metrics.jsonl").read_bytes(), (out / "run.json").read_bytes()) == before
+
+
 def test_row_21_a_second_process_in_the_same_directory_is_refused(command, interrupted):
     from rlhf_jax.rundir import _take_lock
 
