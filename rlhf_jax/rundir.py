@@ -317,7 +317,7 @@ def _lost_export(path: Path, record: dict[str, Any], say: Callable[[str], None])
     if not any(shelf.finished(path / "checkpoints")):
         raise UserError(
             f"out={path} is complete at step {record['completed_step']}, but final/ is gone, and no checkpoint is left "
-            "to write it from.\nPut one of them back, or train again with --from-scratch (moves the earlier run aside, deletes nothing)."
+            "to write it from.\nPut one of them back, or train again with --from-scratch (moves the run aside, deletes nothing)."
         )
     say(f"{path / 'final'} is gone: it is written again from the newest checkpoint")
     return True
