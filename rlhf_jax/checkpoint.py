@@ -135,6 +135,7 @@ class Checkpoints:
 
         abstract: the state's pytree of jax.ShapeDtypeStruct with shardings (or arrays), for any mesh. Newer checkpoints that are
         damaged are told, set aside as `<step>.broken` and never loaded. UserError when every one is damaged, or does not fit.
+        What a kill left undone after the last save is done: LATEST, the retirement of older ones.
         """
         self._sweep()
         step, message = self._choose() if processes.is_writer() else (-1, "")
@@ -144,6 +145,7 @@ class Checkpoints:
             return None
         restored = _load(self.directory / str(step), step, abstract)
         self._newest = step
+        processes.fail_together(self._settle(step) if processes.is_writer() else "")
         return restored
 
     def _choose(self) -> tuple[int, str]:
@@ -173,8 +175,15 @@ class Checkpoints:
             self._say(
                 f"checkpoint {path.name} is damaged: {text}. Kept as {aside.name}, not used; falling back to checkpoint {good}"
             )
-        if broken:
-            integrity.write_latest(self.directory, good)
+
+    def _settle(self, step: int) -> str:
+        """A message where LATEST cannot be written, or older checkpoints cannot be retired."""
+        try:
+            integrity.write_latest(self.directory, step)
+            self._retire()
+        except OSError as error:
+            return f"{error.filename or self.directory} cannot be written: {error.strerror}. {self._what_is_left()}"
+        return ""
 
     def _sweep(self) -> None:
         """Once: remove what interrupted saves and deletions left behind, and say so."""
@@ -261,7 +270,9 @@ class Checkpoints:
         full = "No space left" in str(error) or getattr(error, "errno", None) == 28
         remedy = f"Free {size_text(int(size * 1.05))} (the disk is full), " if full else "Make the directory writable, "
         again = "then give the same command again."
-        return f"checkpoint {step} could not be written below {self.directory}: {cause}\n{remedy}{again} {self._what_is_left()}"
+        written = step in self.steps()
+        done = "is written, but not what follows it (LATEST, the removal of older ones)," if written else "could not be written"
+        return f"checkpoint {step} {done} below {self.directory}: {cause}\n{remedy}{again} {self._what_is_left()}"
 
 
 def _not_twice(record: logging.LogRecord) -> bool:

@@ -109,7 +109,7 @@ def test_round_trip_keeps_bytes_types_structure_and_shardings(tmp_path, state):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)])
 def test_another_mesh_gets_equal_bytes(saved, state, shape):
     mesh = mesh_of(*shape)
-    with Checkpoints(saved) as checkpoints:
+    with Checkpoints(saved, keep_last=3) as checkpoints:
         restored = checkpoints.restore(abstract(state, mesh))
     assert restored is not None
     assert equal(restored.state, state.replace(step=state.step * 0 + 30))
@@ -228,12 +228,33 @@ def test_the_newest_one_that_somebody_removed_is_told(folder, state):
     assert "LATEST names checkpoint 30, which is gone" in told[0]
 
 
-def test_one_that_was_finished_just_before_a_kill_counts_though_latest_does_not_name_it(folder, state):
-    integrity.write_latest(folder, 20)
-    with Checkpoints(folder) as checkpoints:
+@pytest.mark.parametrize("latest", ["20\n", "garbage", None])
+def test_what_a_kill_just_after_a_checkpoint_was_finished_left_undone_is_done(folder, state, latest):
+    (folder / "LATEST").rename(folder / "LATEST.partial")
+    if latest is not None:
+        (folder / "LATEST").write_text(latest)
+    with Checkpoints(folder, keep_last=2, say=lambda text: None) as checkpoints:
         restored = checkpoints.restore(state)
     assert restored is not None
     assert restored.step == 30
+    assert (folder / "LATEST").read_text() == "30\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["20", "30", "LATEST"]
+
+
+def test_a_latest_that_cannot_be_written_is_told_with_what_was_saved(folder, state, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "LATEST.partial")
+
+    monkeypatch.setattr(integrity, "write_latest", full)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(40, state)
+    with pytest.raises(
+        UserError, match=r"^checkpoint 40 is written, but not what follows it \(LATEST, [^!]* Checkpoint 40 is intact"
+    ):
+        checkpoints.wait()
+    with pytest.raises(UserError, match=r"LATEST.partial cannot be written: No space left on device. Checkpoint 40 is intact"):
+        checkpoints.restore(state)
+    checkpoints.close()
 
 
 def test_200_flips_in_a_real_checkpoint_are_all_found(folder):
