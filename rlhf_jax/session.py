@@ -91,10 +91,12 @@ class Session:
         processes.fail_together(self.recorder.failed)
         asked = self.interrupts.poll()
         if asked or self.save_due(step):
-            self.directory.sync()
+            processes.together(self.directory.sync)
             self.checkpoints.save(step, state, {"step": step})
         if asked or step == self.settings.steps:
             self.checkpoints.wait()  # what follows says that the step is saved: an export, the end, a message
+            self.interrupts.unsaved = False  # an export is not waited for: it is made again
+            asked = asked or self.interrupts.poll()  # while the save was waited for
         if asked:
             raise self.interrupts.stopped(step)
         if self.evaluation_due(step):

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from rlhf_jax import checkpoint, health, integrity, offline, setups
+from rlhf_jax import checkpoint, health, integrity, offline, setups, signals
 from rlhf_jax.checkpoint import read_digest
 from tests.faults import stages
 
@@ -319,6 +319,40 @@ def test_rows_5_and_6_a_request_to_stop_saves_the_last_finished_update(command, 
     monkeypatch.undo()
     assert command("sft", sft)[0] == 0
     assert same_as_uninterrupted(out, finished)
+
+
+def test_asked_in_an_export_it_leaves_at_once_for_everything_is_saved(command, sft, monkeypatch):
+    """It said that it was finishing a step, exported, and ended with status 0."""
+    export, left = offline.build.export, []
+
+    def interrupt(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return export(*arguments, **options)
+
+    monkeypatch.setattr(offline.build, "export", interrupt)
+    monkeypatch.setattr(signals.Interrupts, "_leave", lambda self, why: left.append(why))
+    command("sft", sft, "steps=1")
+    assert left == ["SIGINT: nothing new to save"]
+
+
+def test_asked_while_the_last_save_is_waited_for_it_leaves_before_the_export(command, sft, finished, monkeypatch):
+    wait = checkpoint.Checkpoints.wait
+
+    def interrupt(checkpoints):
+        if checkpoints._saving and checkpoints._saving[0] == stages.STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        wait(checkpoints)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", interrupt)
+    status, text = command("sft", sft)
+    assert status == 143
+    assert f"step {stages.STEPS} is saved" in text
+    assert not (sft.parent / "sft" / "final").exists()
+    monkeypatch.undo()
+    assert command("sft", sft)[0] == 0
+    assert same_as_uninterrupted(sft.parent / "sft", finished)
 
 
 def test_row_7_a_request_to_stop_during_evaluation_is_obeyed_after_it(command, sft, finished, monkeypatch):
