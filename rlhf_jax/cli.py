@@ -1,5 +1,6 @@
 """The commands. Each parses, reads its configuration, and only then imports what runs it, so that mistakes cost milliseconds."""
 
+import errno
 import os
 import sys
 from enum import StrEnum
@@ -310,3 +311,10 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "standard output, or a file"
+        sys.stderr.write(f"rlhf-jax: {where}: cannot be written ({error.strerror}); free disk space, or name another place\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try it again when it ends
+        sys.exit(EXIT_USER_ERROR)

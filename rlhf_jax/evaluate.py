@@ -312,10 +312,14 @@ def to_json(found: list[Figure], model: Path, settings: Settings) -> str:
 
 def write_answers(out: Path, questions: Sequence[Question], answers: Answers, scores: dict[str, Array]) -> None:
     """Every answer as a JSON line {"prompt", "response", "finished", "sample", "rewards"}."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
-        for place, question in enumerate(questions):
-            for number, text in enumerate(answers.texts[place]):
-                row = {"prompt": question.prompt, "response": text, "finished": bool(answers.finished[place][number])}
-                rewards = {without_secrets(name): float(values[place][number]) for name, values in scores.items()}
-                file.write(json.dumps(row | {"sample": number, "rewards": rewards}, ensure_ascii=False) + "\n")
+    lines = []
+    for place, question in enumerate(questions):
+        for number, text in enumerate(answers.texts[place]):
+            row = {"prompt": question.prompt, "response": text, "finished": bool(answers.finished[place][number])}
+            rewards = {without_secrets(name): float(values[place][number]) for name, values in scores.items()}
+            lines.append(json.dumps(row | {"sample": number, "rewards": rewards}, ensure_ascii=False) + "\n")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); free disk space, or name another place") from error

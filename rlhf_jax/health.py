@@ -100,9 +100,13 @@ def require_finite_steps(bad_steps: int, limits: Health, dump: Callable[[], Path
     """UserError once `bad_steps` updates in a row were skipped; `dump` writes the batch and returns its file."""
     if bad_steps < limits.max_bad_steps:
         return
+    try:
+        batch = f"The last batch is in {dump()} (numpy.load)."
+    except OSError as error:
+        batch = f"The last batch could not be written ({error.strerror})."
     raise UserError(
         f"step {step}: loss or gradient was not finite in {bad_steps} updates in a row; none of them touched the parameters.\n"
-        f"The last batch is in {dump()} (numpy.load). Lower the learning rate or clip_norm, or look at the reward and the data;\n"
+        f"{batch} Lower the learning rate or clip_norm, or look at the reward and the data;\n"
         "the newest checkpoint is from before, and the same command with the changed key and --resume-override continues from it."
     )
 
@@ -117,8 +121,12 @@ def dump_arrays(path: Path, tree: Any) -> Path:
             raise ValueError(f"{name} holds Python objects; only arrays of numbers are dumped")
         arrays[name] = array
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
+    try:
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path
 
 

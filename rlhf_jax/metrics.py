@@ -350,6 +350,9 @@ class Recorder:
         Returns the steps of removed rows, and what to tell of rows that were written and are there no more.
         """
         removed, told = [], []
+        for name in (METRICS, SAMPLES, SUMMARY, "report.html"):
+            for left in self.run_dir.glob(f".{name}.*.partial"):  # by a kill within `write_atomic`
+                left.unlink()
         for name in (METRICS, SAMPLES):
             path = self.run_dir / name
             rows, lost = _rows_of(path)

@@ -6,6 +6,7 @@ config.resolved.yaml   every key with its value          env.json   versions, de
 metrics.jsonl samples.jsonl   appended by metrics.Recorder, which cuts them back to the restored step on resume
 """
 
+import contextlib
 import difflib
 import errno
 import fcntl
@@ -18,7 +19,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,28 @@ class RunDir:
         return self._record.get("completed_step")
 
     def complete(self, step: int) -> None:
-        """Remember that everything is done: training, evaluation, export."""
+        """Remember that everything is done: training, evaluation, export. What was exported is forced to the disk first."""
         self._record = self._record | {"completed_step": step}
         if self._lock is not None:
-            _write_record(self.path, self._record)
+            with self._writable():
+                for exported in self.path.glob("final*"):
+                    integrity.sync_tree(exported)
+                integrity.sync_path(self.path)
+                _write_record(self.path, self._record)
 
     def sync(self) -> None:
         """Force metrics.jsonl and samples.jsonl to the disk: before a checkpoint says that their rows need not be made again."""
-        for path in (self.path / name for name in _LINES):
-            if self._lock is not None and path.exists():
-                integrity.sync_path(path)
+        with self._writable():
+            for path in (self.path / name for name in _LINES):
+                if self._lock is not None and path.exists():
+                    integrity.sync_path(path)
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
         if self._lock is not None:
@@ -200,7 +213,7 @@ def _open(
 
 def _unwritable(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "Free disk space" if full else "Choose a directory that you may write to"
+    remedy = "Free disk space, then give the same command again" if full else "Choose a directory that you may write to"
     return UserError(f"out={path}: cannot write there ({error.strerror}: {error.filename or path}). {remedy}.")
 
 

@@ -152,14 +152,15 @@ def test_a_report_is_of_runs(run, tmp_path):
     assert not (tmp_path / "both.html").exists()
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [ZeroDivisionError, OSError])
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path, error):
     def fail(*args, **kwargs):
-        raise ZeroDivisionError
+        raise error
 
     fake(monkeypatch, "offline", run=fail)
     (tmp_path / "run.yaml").write_text(RUN)
     monkeypatch.setattr(sys, "argv", ["rlhf-jax", "sft", str(tmp_path / "run.yaml")])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         cli.main()
 
 
@@ -258,6 +259,17 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m rlhf_jax config ppo | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("out = runs/run  (text)\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output_is_one_message(unbuffered):
+    command = [sys.executable, "-m", "rlhf_jax", "config", "ppo"]
+    with open("/dev/full", "w") as full:
+        options = {"stdout": full, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "check": False}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, **options)
+    message = "standard output, or a file: cannot be written (No space left on device); free disk space, or name another place"
+    assert (done.returncode, done.stderr) == (2, f"rlhf-jax: {message}\n")
 
 
 # The environment

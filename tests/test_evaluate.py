@@ -283,6 +283,7 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
         (["--columns", "prompt"], "--columns prompt: must be OURS=THEIRS, such as prompt=problem"),
         (["--columns", "prompt=text"], "short.txt is plain text and has no columns; leave it out"),
         (["--batch-size", "3"], "--batch-size 3: must be a multiple of"),
+        (["--out", "/dev/full"], "--out /dev/full: cannot be written (No space left on device); free disk space, or name"),
     ],
 )
 def test_mistakes_are_one_message(run, files, options, message):

@@ -105,6 +105,15 @@ def test_the_run_ends_after_three_bad_updates_in_a_row_with_the_batch_dumped(tmp
     }
 
 
+def test_a_batch_for_which_there_is_no_room_hides_nothing(tmp_path):
+    (tmp_path / "bad.npz").symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match="in a row; none of them .*\nThe last batch could not be written .No space left on device"
+    ):
+        require_finite_steps(3, Health(), lambda: dump_arrays(tmp_path / "bad.npz", {"x": np.ones(3)}), step=7)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_objects_are_never_dumped(tmp_path):
     with pytest.raises(ValueError, match="x holds Python objects"):
         dump_arrays(tmp_path / "a.npz", {"x": np.array([object()])})

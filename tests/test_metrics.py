@@ -149,6 +149,13 @@ def test_readers_skip_torn_and_foreign_lines(tmp_path):
     assert read_summary(tmp_path) == {}
 
 
+def test_what_kills_have_left_of_atomic_writes_is_removed_and_nothing_else_is(tmp_path):
+    for name in (".summary.json.31.partial", ".report.html.7.partial", ".final.partial", "mine.partial"):
+        (tmp_path / name).write_text("half")
+    with recorder(tmp_path, resume_step=3):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".final.partial", "mine.partial"]
+
+
 @pytest.mark.parametrize("phases", ["null", "[3]", "[{}]", "7"])
 def test_times_in_a_summary_that_cannot_be_read_stop_no_run(tmp_path, phases):
     (tmp_path / "summary.json").write_text('{"stage": "ppo", "numbers": {"gold": 1.5}, "phases": ' + phases + "}")

@@ -172,7 +172,19 @@ def test_a_full_disk_is_named_with_its_remedy(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(os, call, full)
     told = refusal(lambda: open_run(tmp_path, text(), PRINTS))
-    assert told == f"out={tmp_path}: cannot write there (No space left on device: {tmp_path}). Free disk space."
+    remedy = "Free disk space, then give the same command again."
+    assert told == f"out={tmp_path}: cannot write there (No space left on device: {tmp_path}). {remedy}"
+
+
+def test_a_disk_that_is_full_at_the_end_is_named_too(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_run(tmp_path, text(), PRINTS) as run:
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        monkeypatch.setattr(os, "fsync", full)
+        for call in (run.sync, lambda: run.complete(10)):
+            assert "cannot write there (No space left on device: " in refusal(call)
 
 
 def test_a_read_only_directory_is_refused(tmp_path):
@@ -264,6 +276,24 @@ def test_sync_reaches_the_files_of_lines(tmp_path, monkeypatch):
         monkeypatch.setattr("rlhf_jax.integrity.sync_path", lambda path: synced.append(path.name))
         run.sync()
     assert synced == ["metrics.jsonl"]
+
+
+def test_what_was_exported_is_on_the_disk_before_the_record_says_so(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    with open_run(tmp_path, text(), PRINTS) as run:
+        for name in ("final", "final-critic"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "tokenizer.json").write_text("{}")
+
+        def note(descriptor):
+            synced.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(f"{tmp_path}/"))
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", note)
+        run.complete(10)
+    parts = {"final", "final/tokenizer.json", "final-critic", "final-critic/tokenizer.json"}
+    assert set(synced[:4]) == parts
+    assert synced[4:] == [str(tmp_path), "run.json.partial", str(tmp_path)]
 
 
 def test_an_override_names_a_key(tmp_path):
