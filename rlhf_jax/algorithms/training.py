@@ -206,7 +206,7 @@ def apply_gradients(
     `wanted` False leaves the state alone as well, without counting as skipped. Decided inside jit.
     Metrics: update/grad_norm (before clipping), update/skipped (0 or 1).
     """
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(_float32(grads))
     finite = jnp.logical_and(finite, jnp.isfinite(norm))
     lay = state.opt_state
     opt_state, grads = _fetched(lay, grads)

@@ -182,6 +182,14 @@ def test_bfloat16_parameters_have_float32_moments_and_move_by_updates_that_round
     np.testing.assert_array_equal(nearest["kernel"], params["kernel"])
 
 
+def test_the_norm_of_bfloat16_gradients_is_a_float32_sum():
+    params = {str(n): jnp.full((100, 100), 0.01, jnp.bfloat16) for n in range(64)}
+    tx = training.make_optimizer(config.Optimizer(), 4)
+    norm = training.apply_gradients(tx, state_of(tx, params), params, jnp.bool_(True))[1]["update/grad_norm"]
+    assert norm.dtype == jnp.float32
+    np.testing.assert_allclose(norm, 800 * float(jnp.bfloat16(0.01)), rtol=1e-6)
+
+
 def test_a_bfloat16_parameter_is_rounded_to_a_neighbour_and_exact_sums_stay_exact():
     params = {"kernel": jnp.asarray([1.0, -1.0, 0.0, 3.0], jnp.bfloat16)}
     add = jax.jit(training.add_updates)
