@@ -107,9 +107,12 @@ class Checkpoints:
             return
         (step, size, future), self._saving = self._saving, None
         error = future.exception()
-        if error is not None:
+        message = self._explain(step, size, error) if error is not None else ""
+        if message:
             self._discard_partial(step)
-        processes.fail_together(self._explain(step, size, error) if error is not None else "")
+            if not processes.is_writer():
+                _LOG.error(message)  # the others may stand in the save, waiting for this one, until the watchdog ends them
+        processes.fail_together(message)
         self._newest = step
 
     def close(self) -> None:

@@ -372,6 +372,17 @@ def test_a_failure_in_the_background_is_never_lost(folder, state, monkeypatch, s
     assert checkpoints.steps()[-1] == 50
 
 
+def test_a_process_that_alone_cannot_write_says_so_before_it_waits_for_the_others(folder, state, monkeypatch, caplog):
+    monkeypatch.setattr(integrity, "sync_path", lambda *_: 1 / 0)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(40, state)
+    checkpoints._saving[2].exception()
+    monkeypatch.setattr(checkpoint.processes, "is_writer", lambda: False)
+    monkeypatch.setattr(checkpoint.processes, "fail_together", lambda _: None)  # the others never come to it
+    checkpoints.wait()
+    assert "checkpoint 40 could not be written" in caplog.text
+
+
 def test_the_first_error_is_the_one_raised_and_the_late_one_is_told(folder, state, monkeypatch):
     monkeypatch.setattr(integrity, "write_manifest", lambda *_: 1 / 0)
     told = []
