@@ -135,6 +135,27 @@ def test_a_noisy_distance_does_not_fold_the_curve():
     assert [p.gold for p in steady] == kl
 
 
+def test_the_distance_is_averaged_over_a_fifth_of_the_path_in_no_time():
+    rng = random.Random(0)  # noqa: S311
+    distances = [rng.random() for _ in range(20_000)]
+    path = [PathPoint(i, d, d, d) for i, d in enumerate(distances)]
+    began = time.process_time()
+    steady = steadied(path)
+    assert time.process_time() - began < 0.5
+    assert steady[0].distance == distances[0]
+    assert steady[1000].distance == pytest.approx(sum(distances[:2001]) / 2001)
+    assert steady[10_000].distance == pytest.approx(sum(distances[8000:12_001]) / 4001)
+
+
+def test_pointing_at_the_reward_path_tells_the_kl_of_the_step_and_not_the_average_that_it_is_placed_at(tmp_path):
+    path = runs.ppo(tmp_path / "ppo", steps=30)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    page = report([path], tmp_path)
+    for row in rows:
+        assert f"step {row['step']}, KL {number(row['kl/per_sequence_nats'])} nats · proxy" in page.prose
+    assert "Steps stand at their √KL averaged over neighbouring steps" in page.prose
+
+
 def test_hacking_is_called_by_its_name(tmp_path):
     weak = runs.ppo(tmp_path / "weak" / "ppo", hacked=True, steps=90, kl_coef=0.0)
     strong = runs.ppo(tmp_path / "strong" / "ppo", steps=90, seed=1)
@@ -568,4 +589,4 @@ def test_a_chart_is_read_by_pointing_at_it(drawn):
         after = page.evaluate(visible)
     assert before == []
     assert len(after) == 1
-    assert re.fullmatch(r"√KL [\d.]+ \(KL [\d.]+ nats\) · proxy −?[\d.]+ · gold −?[\d.]+", after[0])
+    assert re.fullmatch(r"step \d+, KL [\d.]+ nats · proxy −?[\d.]+ · gold −?[\d.]+", after[0])

@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_jax.report.data import StageRun, by_stage, ends, evaluations, is_number, mean, text
 from rlhf_jax.report.plots import Line, line_chart
-from rlhf_jax.report.scales import number, smooth
+from rlhf_jax.report.scales import number, smooth, window_means
 
 
 class Chart(NamedTuple):
@@ -125,9 +125,12 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
     many, crowd = len(paths) > 1, len(paths) > 2
     has_gold = any(p.gold is not None for _, path in paths for p in path)
     lines, fits, flags, notes = [], [], [], []
+    told: dict[float, str] = {}  # by where a step stands: which it is, and its own KL
     for run, path in paths:
         name = f"{run.label} " if many else ""
         steady = steadied(path)
+        for own, placed in zip(path, steady, strict=True):
+            told.setdefault(placed.distance, f"step {own.step:.0f}, KL {number(own.distance**2)} nats")
         gold = [(p.distance, p.gold) for p in steady if p.gold is not None]
         proxy_tone, gold_tone = (run.tone % 8, run.tone % 8) if many else (0, 1)
         lines.append(Line(f"{name}{'proxy' if has_gold else 'score'}", [(p.distance, p.proxy) for p in steady], proxy_tone, 1))
@@ -158,16 +161,18 @@ def gold_against_proxy(runs: Sequence[StageRun]) -> str:
             x_zero=True,
             under=fits,
             flags=flags,
-            reading=lambda d: f"√KL {number(d)} (KL {number(d * d)} nats)",
+            reading=told.__getitem__,
         )
 
     figure = (
         f'<div class="wide-only">{drawn("hero-wide", 1040, 400)}</div><div class="narrow">{drawn("hero-narrow", 350, 310)}</div>'
     )
-    dotted = f'<p class="fine">Dotted, least squares of Gao et al. with d = √KL: {"; ".join(notes)}.</p>' if notes else ""
+    dotted = f" Dotted, least squares of Gao et al. with d = √KL: {'; '.join(notes)}." if notes else ""
+    fine = f"Steps stand at their √KL averaged over neighbouring steps; pointing at one tells its own KL.{dotted}"
     return (
         f'<section><h2>{title}</h2><p class="lead">{said}</p><figure class="hero">'
-        f"<figcaption>Reward <span>reward units, a point a step</span></figcaption>{figure}</figure>{dotted}</section>"
+        f"<figcaption>Reward <span>reward units, a point a step</span></figcaption>{figure}</figure>"
+        f'<p class="fine">{fine}</p></section>'
     )
 
 
@@ -176,13 +181,10 @@ def steadied(path: Sequence[PathPoint]) -> list[PathPoint]:
 
     The window is a fifth of the path and narrows to nothing at both ends, which stay where they are.
     """
-    half = max(1, len(path) // 10)
-    steady = []
-    for index, point in enumerate(path):
-        reach = min(half, index, len(path) - 1 - index)
-        near = path[index - reach : index + reach + 1]
-        steady.append(point._replace(distance=mean([p.distance for p in near])))
-    return steady
+    index, distances = np.arange(len(path)), np.asarray([p.distance for p in path])
+    reach = np.minimum(max(1, len(path) // 10), np.minimum(index, index[::-1]))
+    averages = np.where(reach > 0, window_means(distances, index - reach, index + reach + 1), distances)
+    return [point._replace(distance=distance) for point, distance in zip(path, averages.tolist(), strict=True)]
 
 
 def peak(path: Sequence[PathPoint]) -> PathPoint | None:

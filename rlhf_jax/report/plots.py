@@ -239,13 +239,14 @@ def _fitted(text: str, room: float) -> str:
 
 def _readouts(lines: Sequence[Line], frame: Frame, width: int, reading: Callable[[float], str]) -> str:
     """Invisible columns that show their values while the pointer (or a finger) is on them; no script needed."""
-    by_x: dict[float, list[str]] = {}
-    for line in lines:
-        for x, y in line.points:
-            by_x.setdefault(x, []).append(f"{line.label} {number(y)}".strip())
-    xs = sorted(by_x)
+    xs = sorted({x for line in lines for x, _ in line.points})
     if len(xs) > READOUTS:
         xs = [xs[round(i * (len(xs) - 1) / (READOUTS - 1))] for i in range(READOUTS)]
+    by_x: dict[float, list[str]] = {x: [] for x in xs}
+    for line in lines:
+        for x, y in line.points:
+            if x in by_x:
+                by_x[x].append(f"{line.label} {number(y)}".strip())
     parts = []
     for index, x in enumerate(xs):
         left = frame.left if index == 0 else (frame.x(xs[index - 1]) + frame.x(x)) / 2
