@@ -99,10 +99,11 @@ def make_update(
 
     Actor and critic have their own losses and optimisers. A step whose loss or gradient is not finite changes nothing
     (update/skipped, RunState.bad_steps). Once the approximate KL to the old policy passes `kl_stop`, that step and the rest
-    are not taken. During critic warm-up the actor's losses are computed, for their metrics, and not applied. `state.step` and
-    `state.cursor` belong to the loop. `constrain` may put sharding constraints on a minibatch. Metrics are means over the
-    minibatches that have an action, of which there are update/minibatches; update/steps counts optimiser steps. Metrics
-    "policy/first_ratio_*" are |ratio - 1| at the first of them, for losses that give "policy/ratio_gap" f32[B, R].
+    are not taken. During critic warm-up the actor's losses are computed, for their metrics, and not applied; the KL coefficient
+    waits too. `state.step` and `state.cursor` belong to the loop. `constrain` may put sharding constraints on a minibatch.
+    Metrics are means over the minibatches that have an action, of which there are update/minibatches; update/steps counts
+    optimiser steps. Metrics "policy/first_ratio_*" are |ratio - 1| at the first of them, for losses that give
+    "policy/ratio_gap" f32[B, R].
     """
 
     def update(
@@ -166,7 +167,7 @@ def make_update(
         state = state.replace(
             actor=actor,
             critic=critic,
-            kl_coef=losses.adapt(state.kl_coef, experience),
+            kl_coef=jnp.where(wanted, losses.adapt(state.kl_coef, experience), state.kl_coef),  # an actor held still says nothing
             ema=state.ema if passes.ema_decay is None else _ema(state.ema, actor.params, passes.ema_decay),
             scores=state.scores if experience.scores is None else update_moments(state.scores, experience.scores),
             bad_steps=jnp.where(metrics["update/skipped"] > 0, state.bad_steps + 1, 0),

@@ -257,12 +257,16 @@ def test_an_update_of_nothing_raises_no_alarm(batch):
 
 
 def test_critic_warm_up_trains_the_critic_only(batch):
-    before, _, after, metrics = run(batch, critic_warmup=2, step=1, epochs=1)
-    same(after.actor, before.actor)
+    adaptive = config.AdaptiveKL(target=0.1, horizon=80.0)
+    before, _, after, metrics = run(batch, critic_warmup=2, step=1, epochs=1, adaptive_kl=adaptive)
+    same((after.actor, after.kl_coef), (before.actor, before.kl_coef))
     assert distance(after.critic.params, before.critic.params) > 0
     assert metrics["update/skipped"] == 0
-    before, _, after, _ = run(batch, critic_warmup=2, step=2, epochs=1)  # the same program, two iterations later
+    before, _, after, _ = run(
+        batch, critic_warmup=2, step=2, epochs=1, adaptive_kl=adaptive
+    )  # the same program, an iteration later
     assert distance(after.actor.params, before.actor.params) > 0
+    assert after.kl_coef != before.kl_coef
 
 
 def test_the_moving_average_follows_the_actor(batch):
