@@ -88,7 +88,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), POSITIVE),
     "Save.every": NOT_NEGATIVE,
     "Log.every": COUNT,
-    **dict.fromkeys(("keep_last", "keep_every", "profile_step"), COUNT),
+    **dict.fromkeys(("keep_last", "keep_every", "eval_rows", "profile_step"), COUNT),
     **dict.fromkeys(("eval_every", "eval_prompts"), NOT_NEGATIVE),
     **dict.fromkeys(("max_bad_steps", "patience"), COUNT),
     **dict.fromkeys(("kl_nats", "ratio", "stall_factor", "stall_s"), POSITIVE),

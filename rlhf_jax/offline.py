@@ -111,11 +111,10 @@ def finish(session: Session, pending: Pending) -> None:
 
 
 def evaluate(setup: OfflineSetup, state: OfflineState, session: Session, step: int) -> OfflineState:
-    """Metrics on the rows that are not trained on, each weighted by what it counts; the lowest loss so far."""
-    data, sums, totals = setup.plan.data, Counter[str](), Counter[str]()
+    """Metrics on (at most `log.eval_rows`) held-out rows, each weighted by what it counts; the lowest loss so far."""
+    sums, totals = Counter[str](), Counter[str]()
     with session.recorder.phase("evaluate"):
-        for number in range(-(-data.eval_rows // setup.settings.batch_size)):
-            batch, _ = data.eval_batch(number)
+        for batch, _ in setup.plan.data.eval_batches(setup.settings.log.eval_rows):
             session.watchdog.pause()
             found, counts = parallel.fetch(_evaluate(setup, state, batch))
             sums.update({name: float(value) * float(counts[name]) for name, value in found.items()})
@@ -141,7 +140,7 @@ def _masks(batch: Sequences | Preferences | Labelled) -> list[jax.Array]:
 def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Calibration:
     """Mean and spread of the reward model's scores over both answers of (at most 1024) training pairs.
 
-    Its reliability on the held-out pairs goes to summary.json.
+    Its reliability on all held-out pairs goes to summary.json.
     """
     score = parallel.compile_step(functools.partial(_last_scores, scoring.make_score_apply(setup.trained.model)))
     params, base = state.trained.params, setup.frozen.actor
@@ -154,8 +153,7 @@ def calibrate(setup: OfflineSetup, state: OfflineState, session: Session) -> Cal
     batches = max(1, min(1024 // setup.settings.batch_size, setup.settings.steps))
     raw = [each for step in range(batches) for each in scores(data.batch(step))]
     held_out, right = [], []
-    for number in range(-(-data.eval_rows // setup.settings.batch_size)):
-        batch, valid = data.eval_batch(number)
+    for batch, valid in data.eval_batches():
         chosen, rejected = scores(batch)
         held_out.append(chosen[valid])
         right.append(rejected[valid])

@@ -6,7 +6,7 @@ Shapes are static: T = max_tokens and P = max_prompt_tokens, or the longest exam
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,18 @@ class Tables:
         """Index i64[·] of every evaluation example."""
         return np.concatenate([first + table.eval for first, table in zip(self.first, self.tables, strict=True)])
 
+    def eval_batches(self, most: int | None = None) -> Iterator[np.ndarray]:
+        """Index i64[B] of the evaluation examples, a batch at a time; -1 on the rows that only fill the last one.
+
+        With `most` at most so many examples, evenly spaced: also of a sorted file they stand for all.
+        """
+        index = self.eval_index()
+        if most is not None and most < len(index):
+            index = index[np.arange(most) * len(index) // most]
+        for start in range(0, len(index), self.batch_size):
+            part = index[start : start + self.batch_size]
+            yield np.pad(part, (0, self.batch_size - len(part)), constant_values=-1)
+
     def longest(self, limit: int) -> int:
         longest = max(int(table.lengths.max()) for table in self.tables)
         return int(buckets.rounded(np.asarray(longest), limit))
@@ -86,14 +98,10 @@ class SFTData:
             chosen = [self.tables.first[t] + self.tables.tables[t].train[self.packs[t][unit]] for t, unit in drawn]
         return self._rows(chosen[rows or slice(None)])
 
-    @property
-    def eval_rows(self) -> int:
-        return len(self.tables.eval_index())
-
-    def eval_batch(self, number: int) -> tuple[types.Sequences, np.ndarray]:
-        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
-        index, valid = _eval_slice(self.tables, number)
-        return self._rows([[i] if ok else [] for i, ok in zip(index, valid, strict=True)]), valid
+    def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Sequences, np.ndarray]]:
+        """Evaluation batches (of at most `most` rows), and valid bool[B]: False on the rows that only fill the last one."""
+        for index in self.tables.eval_batches(most):
+            yield self._rows([[] if i < 0 else [i] for i in index]), index >= 0
 
     def fingerprint(self) -> str:
         return self.tables.fingerprint() + (f"-packed{self.length}" if self.packs else "")
@@ -135,14 +143,10 @@ class PreferenceData:
         """The training batch of a step."""
         return self._pairs(self.tables.train_index(step)[rows or slice(None)])
 
-    @property
-    def eval_rows(self) -> int:
-        return len(self.tables.eval_index())
-
-    def eval_batch(self, number: int) -> tuple[types.Preferences, np.ndarray]:
-        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
-        index, valid = _eval_slice(self.tables, number)
-        return self._pairs(np.where(valid, index, -1)), valid
+    def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Preferences, np.ndarray]]:
+        """Evaluation batches (of at most `most` pairs), and valid bool[B]: False on the rows that only fill the last one."""
+        for index in self.tables.eval_batches(most):
+            yield self._pairs(index), index >= 0
 
     def fingerprint(self) -> str:
         return self.tables.fingerprint()
@@ -176,18 +180,14 @@ class LabelledData:
     def tables(self) -> Tables:
         return self.answers.tables
 
-    @property
-    def eval_rows(self) -> int:
-        return self.answers.eval_rows
-
     def batch(self, step: int, *, rows: slice | None = None) -> types.Labelled:
         """The training batch of a step."""
         return self._labelled(self.tables.train_index(step)[rows or slice(None)])
 
-    def eval_batch(self, number: int) -> tuple[types.Labelled, np.ndarray]:
-        """Evaluation batch `number`, and valid bool[B]: False on the rows that only fill the last batch."""
-        index, valid = _eval_slice(self.tables, number)
-        return self._labelled(np.where(valid, index, -1)), valid
+    def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Labelled, np.ndarray]]:
+        """Evaluation batches (of at most `most` rows), and valid bool[B]: False on the rows that only fill the last one."""
+        for index in self.tables.eval_batches(most):
+            yield self._labelled(index), index >= 0
 
     def fingerprint(self) -> str:
         return self.tables.fingerprint()
@@ -257,13 +257,6 @@ class PromptData:
     def _row(self, index: Any) -> Any:
         table, example = self.tables.locate(int(index))
         return table.row(example)
-
-
-def _eval_slice(tables: Tables, number: int) -> tuple[np.ndarray, np.ndarray]:
-    every = tables.eval_index()
-    at = np.arange(number * tables.batch_size, (number + 1) * tables.batch_size)
-    valid = at < len(every)
-    return np.where(valid, every[np.minimum(at, len(every) - 1)] if len(every) else -1, -1), valid
 
 
 def make_tables(

@@ -177,14 +177,16 @@ def test_evaluation_weights_every_metric_by_the_answers_that_it_counts():
     functions = programs.offline_functions("kto", run, kto.build(config.KTO()), bandit.MODEL, optax.sgd(1.0))
     rows = []
 
-    def evaluated(size):
+    def part(first, size):
+        return jax.tree.map(lambda x: x[first : first + size], whole), None
+
+    def batches(size, most):
+        return [part(first, size) for first in range(0, 8 if most is None else most, size)]
+
+    def evaluated(size, most):
         setup = SimpleNamespace(
-            plan=SimpleNamespace(
-                data=SimpleNamespace(
-                    eval_rows=8, eval_batch=lambda n: (jax.tree.map(lambda x: x[n * size : (n + 1) * size], whole), None)
-                )
-            ),
-            settings=SimpleNamespace(batch_size=size),
+            plan=SimpleNamespace(data=SimpleNamespace(eval_batches=functools.partial(batches, size))),
+            settings=SimpleNamespace(log=config.Log(eval_rows=most)),
             evaluate=jax.jit(functions[1]),
             frozen=Frozen(reference=other),
             place=lambda batch: batch,
@@ -195,9 +197,11 @@ def test_evaluation_weights_every_metric_by_the_answers_that_it_counts():
         offline.evaluate(setup, programs.init_offline_state(optax.sgd(1.0), params), session, 0)
         return rows[-1]
 
-    one, several = evaluated(8), evaluated(4)
+    one, several = evaluated(8, None), evaluated(4, None)
     for name in ("kto/eval_desirable_reward", "kto/eval_undesirable_reward"):
         assert several[name] == pytest.approx(one[name], rel=1e-5), name
+    some = evaluated(4, 4)
+    assert abs(some["kto/eval_undesirable_reward"] - one["kto/eval_undesirable_reward"]) > 1e-6, "log.eval_rows are enough"
 
 
 def test_an_answer_without_a_token_is_left_out():

@@ -286,24 +286,43 @@ def test_packed_rows_hold_whole_conversations(bpe: Tokenizer):
                 assert _text(bpe, batch.tokens[i], here & batch.target_mask[i]) == answers[prompt] + "<eos>"
                 seen.append(prompt)
     assert len(set(seen)) == len(seen)
-    evaluation, _ = packed.eval_batch(0)
+    evaluation, _ = next(packed.eval_batches())
     assert evaluation.segments.max() == 1
 
 
 def test_evaluation_covers_every_held_out_row_once(bpe: Tokenizer):
     data = make_preference_data(dataclasses.replace(DATA, eval_fraction=0.3), bpe, seed=0, batch_size=8, rows=_pairs(60))
-    assert 8 < data.eval_rows < 30
+    held_out = len(data.tables.eval_index())
+    assert 8 < held_out < 30
     found = []
-    for number in range(-(-data.eval_rows // 8)):
-        batch, valid = data.eval_batch(number)
+    for batch, valid in data.eval_batches():
         assert batch.chosen.tokens.shape[0] == 8
         assert not batch.chosen.mask[~valid].any()
         found += [_text(bpe, t, m) for t, m in zip(batch.chosen.tokens[valid], batch.chosen.mask[valid], strict=True)]
     trained = [
         _text(bpe, t, m) for s in range(9) for t, m in zip(data.batch(s).chosen.tokens, data.batch(s).chosen.mask, strict=True)
     ]
-    assert len(set(found)) == len(found) == data.eval_rows
+    assert len(set(found)) == len(found) == held_out
     assert not set(found) & set(trained)
+
+
+def test_an_evaluation_may_take_some_of_the_held_out_rows_the_same_each_time_from_all_over_the_file(bpe: Tokenizer):
+    data = make_preference_data(dataclasses.replace(DATA, eval_fraction=0.3), bpe, seed=0, batch_size=4, rows=_pairs(60))
+    every = data.tables.eval_index()
+    assert len(every) > 13
+
+    def chosen(most: int | None) -> list[int]:
+        parts = list(data.tables.eval_batches(most))
+        assert {len(part) for part in parts} == {4}
+        return [i for part in parts for i in part.tolist() if i >= 0]
+
+    places = [every.tolist().index(i) for i in chosen(6)]
+    assert len(places) == 6
+    assert chosen(6) == chosen(6)
+    gaps = np.diff([*places, len(every)])
+    assert max(gaps) - min(gaps) <= 1, "evenly spaced, however the file is sorted"
+    assert chosen(None) == chosen(len(every)) == chosen(1000) == every.tolist()
+    assert [valid.sum() for _, valid in data.eval_batches(6)] == [4, 2]
 
 
 def test_the_split_follows_the_prompt_not_the_seed_the_order_or_the_stage(bpe: Tokenizer):
@@ -325,13 +344,13 @@ def test_the_split_follows_the_prompt_not_the_seed_the_order_or_the_stage(bpe: T
 def test_few_prompts_are_split_by_row_and_both_sides_exist():
     tokenizer = TASKS["reviews"].tokenizer()
     data = make_sft_data(dataclasses.replace(DATA, task="reviews"), tokenizer, seed=0, batch_size=8)
-    assert 450 < data.eval_rows < 750
+    assert 450 < len(data.tables.eval_index()) < 750
     rows = [{"prompt": "the hotel :", "completion": "it was nice ."}, {"prompt": "the cafe :", "completion": "it was bad ."}]
     tiny = make_sft_data(dataclasses.replace(DATA, eval_fraction=0.01), tokenizer, seed=0, batch_size=1, rows=rows)
-    assert tiny.eval_rows == 1
+    assert len(tiny.tables.eval_index()) == 1
     none = make_sft_data(dataclasses.replace(DATA, eval_fraction=0.0), tokenizer, seed=0, batch_size=2, rows=rows)
-    assert none.eval_rows == 0
-    assert not none.eval_batch(0)[1].any()
+    assert len(none.tables.eval_index()) == 0
+    assert not list(none.eval_batches())
 
 
 def test_fixed_evaluation_prompts(bpe: Tokenizer):
@@ -400,7 +419,7 @@ def test_labelled_answers_are_batches_for_kto(bpe: Tokenizer, tmp_path: Path):
     assert batch.desirable.tolist() == [rows[i]["label"] for i in index]
     for tokens, trained, i in zip(batch.sequences.tokens, batch.sequences.target_mask, index, strict=True):
         assert bpe.decode(tokens[trained]) == rows[i]["completion"]
-    found, valid = data.eval_batch(0)
+    found, valid = next(data.eval_batches())
     assert found.sequences.target_mask.any(1).tolist() == valid.tolist()
     with pytest.raises(UserError, match="column label must be true or false, found str 'good'"):
         make_labelled_data(DATA, bpe, seed=0, batch_size=8, rows=[*rows, rows[0] | {"label": "good"}])
