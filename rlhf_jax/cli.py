@@ -79,7 +79,9 @@ def quickstart(
     task: Annotated[
         Task, typer.Option(help="reviews: a reward model learnt from pairs; addition: answers are checked.")
     ] = Task.reviews,
-    demo: Annotated[Demo | None, typer.Option(help="overoptimization: a reward that is hacked, beside one that holds.")] = None,
+    demo: Annotated[
+        Demo | None, typer.Option(help="overoptimization: PPO without a KL penalty, hacked, beside PPO with one.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
 ) -> None:
     """All three stages on an embedded task, with a report.

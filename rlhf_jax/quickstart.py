@@ -1,8 +1,8 @@
 """RLHF in miniature, in minutes, with nothing downloaded: fine-tuning, a reward model from pairs, PPO against it, a report.
 
 The set-up of Gao, Schulman and Hilton 2022 (arXiv:2210.10760): a gold reward function, which training never sees, labels pairs
-of sampled answers; a reward model learns from the labels; PPO optimises the reward model; gold is only logged. A weak reward
-model is hacked before one's eyes (`--demo overoptimization`).
+of sampled answers; a reward model learns from the labels; PPO optimises the reward model; gold is only logged. Without a KL
+penalty the reward model is hacked before one's eyes (`--demo overoptimization`).
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from rlhf_jax.data.tasks import reviews
 MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
 RESPONSE = 24  # tokens
 HELD_OUT = 256  # pairs that only measure a reward model
-STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 60, "addition": 60}
+STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 40, "addition": 60}
 
 
 def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
-    """Run all stages below `out`; what is finished is not run again. Returns three numbers and the next command."""
+    """Run all stages below `out`; what is finished is not run again. Returns three numbers a policy and the next command."""
     out.mkdir(parents=True, exist_ok=True)
     if task == "addition":
         stages = run_addition(out, seed)
@@ -32,7 +32,7 @@ def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
     else:
         stages = run_reviews(out, seed)
     collect(out, stages)
-    return summary(out, stages[-1])
+    return summary(out, [stage for stage in stages if stage.name.startswith("ppo")])
 
 
 def run_reviews(out: Path, seed: int) -> list[Path]:
@@ -43,16 +43,12 @@ def run_reviews(out: Path, seed: int) -> list[Path]:
 
 
 def run_overoptimization(out: Path, seed: int) -> list[Path]:
-    """The same policy against a reward model from 96 pairs and one from 2,048, without a KL penalty."""
+    """PPO against one reward model, without a KL penalty and with one."""
     tuned = fine_tune(out, "reviews", seed)
-    stages = [out / "sft"]
-    for name, pairs in (("strong", 2048), ("weak", 96)):
-        scorer = train_scorer(out / f"reward-{name}", tuned, out / f"pairs-{name}.jsonl", pairs, seed)
-        stages += [
-            out / f"reward-{name}",
-            train_policy(out / f"ppo-{name}", tuned, scorer, seed, kl_coef=0.0, rate=6e-4, steps=STEPS["hacked"]),
-        ]
-    return stages
+    scorer = train_scorer(out / "reward-2048", tuned, out / "pairs-2048.jsonl", 2048, seed)
+    runs = (("ppo-without-kl", 0.0), ("ppo-with-kl", 0.1))
+    policies = [train_policy(out / name, tuned, scorer, seed, kl_coef=kl_coef, steps=STEPS["hacked"]) for name, kl_coef in runs]
+    return [out / "sft", out / "reward-2048", *policies]
 
 
 def run_addition(out: Path, seed: int) -> list[Path]:
@@ -123,10 +119,9 @@ def policy_settings(
     response: int,
     steps: int,
     kl_coef: float = 0.1,
-    rate: float = 3e-4,
     scorer: Path | None = None,
 ) -> config.PPORun:
-    optimizer = config.Optimizer(learning_rate=rate, schedule="constant", beta2=0.99, eps=1e-8)
+    optimizer = config.Optimizer(learning_rate=3e-4, schedule="constant", beta2=0.99, eps=1e-8)
     return config.PPORun(
         out=str(out),
         seed=seed,
@@ -144,12 +139,10 @@ def policy_settings(
     )
 
 
-def train_policy(
-    out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.1, rate: float = 3e-4, steps: int | None = None
-) -> Path:
+def train_policy(out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: float = 0.1, steps: int | None = None) -> Path:
     data = config.Data(task="reviews", max_prompt_tokens=8)
     settings = policy_settings(
-        out, tuned, seed, data=data, response=RESPONSE, steps=steps or STEPS["ppo"], kl_coef=kl_coef, rate=rate, scorer=scorer
+        out, tuned, seed, data=data, response=RESPONSE, steps=steps or STEPS["ppo"], kl_coef=kl_coef, scorer=scorer
     )
     return online.run("ppo", settings)
 
@@ -165,25 +158,31 @@ def collect(out: Path, stages: list[Path]) -> None:
     report.write_report(stages, out / "report.html")
 
 
-def summary(out: Path, policy: Path) -> str:
-    """Three numbers, and what to try next."""
+def summary(out: Path, policies: list[Path]) -> str:
+    """Three numbers a policy, and what to try next."""
+    lines = []
+    for policy in policies:
+        lines += ["", *([policy.name] if len(policies) > 1 else []), *numbers(policy)]
+    name, other = ("addition", "--task addition") if len(policies) > 1 else ("hacked", "--demo overoptimization")
+    following = f"next    rlhf-jax quickstart {other} --out {out.with_name(f'{out.name}-{name}')}"
+    return "\n".join([*lines, f"report  {out / 'report.html'}", f"model   {out / 'final'}", following])
+
+
+def numbers(policy: Path) -> list[str]:
+    """What the first and the last evaluation of a policy found."""
     rows = [row for row in metrics.read_rows(policy / metrics.METRICS) if "eval/score" in row]
     first, last = rows[0], rows[-1]
-    kl = last["eval/kl_per_sequence_nats"]
+    kl = f"KL to the fine-tuned model {last['eval/kl_per_sequence_nats']:.1f} nats per answer"
     if "eval/gold" in first:
-        gain = f"gold reward   {first['eval/gold']:6.2f} -> {last['eval/gold']:.2f}   (never seen in training)"
-        proxy = f"proxy reward  {first['eval/score']:6.2f} -> {last['eval/score']:.2f}   (what PPO maximised)"
-    else:
-        gain = f"right answers {first['eval/score']:6.0%} -> {last['eval/score']:.0%}"
-        proxy = f"answers ended {first['eval/eos_rate']:6.0%} -> {last['eval/eos_rate']:.0%}"
-    return "\n".join(
-        [
-            "",
-            gain,
-            proxy,
-            f"KL to the fine-tuned model {kl:.1f} nats per answer",
-            f"report  {out / 'report.html'}",
-            f"model   {out / 'final'}",
-            f"next    rlhf-jax quickstart --demo overoptimization --out {out.with_name(out.name + '-hacked')}",
+        top = max(rows, key=lambda row: row["eval/gold"])
+        return [
+            f"gold reward   {first['eval/gold']:6.2f} -> {last['eval/gold']:.2f}   "
+            f"(never seen in training; highest {top['eval/gold']:.2f} at step {top['step']})",
+            f"proxy reward  {first['eval/score']:6.2f} -> {last['eval/score']:.2f}   (what PPO maximised)",
+            kl,
         ]
-    )
+    return [
+        f"right answers {first['eval/score']:6.0%} -> {last['eval/score']:.0%}",
+        f"answers ended {first['eval/eos_rate']:6.0%} -> {last['eval/eos_rate']:.0%}",
+        kl,
+    ]

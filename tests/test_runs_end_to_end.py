@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import threading
@@ -587,6 +588,37 @@ def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / "q" / name).is_file(), name
     stages = {row["stage"] for row in metrics.read_rows(tmp_path / "q" / metrics.METRICS)}
     assert stages == {"sft", "reward", "ppo"}
+
+
+def test_the_demo_of_over_optimisation_compares_two_runs_that_differ_in_the_kl_penalty_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What README and `--help` say of it: one reward model, one policy, without a penalty and with one."""
+    policies: list[config.PPORun] = []
+
+    def trained(stage: str, settings: Any) -> Path:
+        out = Path(settings.out)
+        (out / "final").mkdir(parents=True)
+        if stage == "ppo":
+            policies.append(settings)
+            row = {"stage": stage, "eval/score": 2.0, "eval/kl_per_sequence_nats": 20.0}
+            rows = [row | {"step": step, "eval/gold": gold} for step, gold in ((0, 0.3), (8, 0.8), (9, 9 * settings.ppo.kl_coef))]
+            metrics.write_atomic(out / metrics.METRICS, "".join(json.dumps(each) + "\n" for each in rows))
+        return out
+
+    monkeypatch.setattr(offline, "run", trained)
+    monkeypatch.setattr(online, "run", trained)
+    monkeypatch.setattr(quickstart, "write_pairs", lambda *_: None)
+    text = quickstart.run(out=tmp_path / "q", demo="overoptimization", task="reviews", seed=3)
+    without, held = policies
+    assert (without.ppo.kl_coef, held.ppo.kl_coef) == (0.0, 0.1)
+    assert dataclasses.replace(without, out=held.out, ppo=dataclasses.replace(without.ppo, kl_coef=0.1)) == held
+    assert [Path(run.out).name for run in policies] == ["ppo-without-kl", "ppo-with-kl"]
+    assert re.search(r"ppo-without-kl\ngold reward +0\.30 -> 0\.00 .*; highest 0\.80 at step 8\)", text)
+    assert re.search(r"ppo-with-kl\ngold reward +0\.30 -> 0\.90 .*; highest 0\.90 at step 9\)", text)
+    assert text.endswith(f"next    rlhf-jax quickstart --task addition --out {tmp_path / 'q-addition'}")
+    page = (tmp_path / "q" / "report.html").read_text(encoding="utf-8")
+    assert "without-kl" in page
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="one simulated device: the mesh asks for eight")
