@@ -333,7 +333,7 @@ class Log:
     every: int = key(1, "steps between rows of metrics.jsonl", "steps")
     eval_every: int = key(10, "steps between evaluations; 0: only at start and end", "steps")
     eval_rows: int | None = key(1024, "held-out rows that an offline stage measures at every evaluation; null: all", "rows")
-    eval_prompts: int = key(32, "fixed prompts that are answered at every evaluation")
+    eval_prompts: int = key(32, "answers written down at every evaluation, of the batch_size that are measured; greater: all")
     profile_step: int | None = key(None, "step of which a trace is written to OUT/profile (docs/profiling.md)", "step")
     backends: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = key((), "more places for metrics (extras)")
 
