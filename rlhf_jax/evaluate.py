@@ -49,7 +49,7 @@ class Settings:
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
-    batch_size: int = 16
+    batch_size: int = 16  # rounded up to a multiple of the devices
     limit: int | None = None
     seed: int = 0
     confidence: float = 0.95
@@ -135,20 +135,18 @@ def answer(model: str, questions: Sequence[Question], settings: Settings, *, ref
     generator = generate.open_model(model, config.Model(path=model, compute_dtype=settings.dtype))
     longest, policy = generator.loaded.spec.max_length, settings.long_prompts
     questions, ids = generate.fitted(generator.tokenizer, longest, questions, settings.max_new_tokens, policy)
-    parts = parallel.axis_size(generator.mesh, "batch")
-    if settings.batch_size % parts:
-        raise UserError(f"--batch-size {settings.batch_size}: must be a multiple of {parts}, the devices that share a batch")
+    size = settings.batch_size + -settings.batch_size % parallel.axis_size(generator.mesh, "batch")
     sampling = config.Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
     sample, key = generator.sampler(sampling), jax.random.key(settings.seed)
     measure = None if reference is None else make_kl(generator, reference, settings)
     width = -(-max(map(len, ids)) // ROUND) * ROUND
     rows = [(place, number) for place in range(len(ids)) for number in range(settings.samples)]
     found: list[tuple[list[int], bool, float]] = []
-    for first in range(0, len(rows), settings.batch_size):
-        part = rows[first : first + settings.batch_size]
-        batch = place_rows(generator, [ids[place] for place, _ in part], part, width, settings.batch_size)
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        batch = place_rows(generator, [ids[place] for place, _ in part], part, width, size)
         rollout = sample(generator.loaded.params, batch, key)
-        kl = np.zeros(settings.batch_size) if measure is None else parallel.fetch(measure(rollout))
+        kl = np.zeros(size) if measure is None else parallel.fetch(measure(rollout))
         tokens, chosen, finished = parallel.fetch((rollout.tokens[:, width:], rollout.action_mask, rollout.finished))
         found += [(tokens[row][chosen[row]].tolist(), bool(finished[row]), float(kl[row])) for row in range(len(part))]
 

@@ -78,8 +78,12 @@ def decoding_shardings(loaded: Loaded, mesh: jax.sharding.Mesh) -> Any:
 def answer(
     generator: Generator, prompts: Sequence[Sequence[int]], settings: config.Sampling, *, seed: int = 0, batch_size: int = 16
 ) -> Iterator[Answer]:
-    """Answer token sequences in order. Equal prompts get different answers: an answer depends on (seed, place) alone."""
+    """Answer token sequences in order. Equal prompts get different answers: an answer depends on (seed, place) alone.
+
+    `batch_size` is rounded up to a multiple of the devices.
+    """
     key = jax.random.key(seed)
+    batch_size += -batch_size % parallel.axis_size(generator.mesh, "batch")
     longest = max((len(ids) for ids in prompts), default=1)
     width = -(-max(longest, 1) // _ROUND) * _ROUND
     sample = generator.sampler(settings)

@@ -2,7 +2,8 @@
 
 Whatever goes wrong (not installed, no key, no network, a full disk) is said once, by name and with the remedy; the run goes
 on, and metrics.jsonl holds everything. A continued run continues the same record. TensorBoard then holds what metrics.jsonl
-holds, wandb and mlflow pass over the rows that come again, trackio shows them twice (what was killed and what was made anew).
+holds, wandb and mlflow pass over the rows that come again (mlflow not over those of its newest step, which may have been half
+sent), trackio shows them twice (what was killed and what was made anew). Wandb, offline, loses a block of rows with a kill.
 """
 
 import importlib

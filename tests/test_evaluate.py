@@ -85,6 +85,17 @@ def test_the_answers_are_those_of_the_sampler(measured, rollout):
     assert [row["finished"] for row in answers] == found.finished[:12].tolist()
 
 
+def test_a_batch_that_the_devices_do_not_divide_is_rounded_up(measured, files):
+    settings = dataclasses.replace(measured[2], batch_size=3)
+    questions = evaluate.read_questions(files / "prompts.jsonl", config.Data())
+    found = evaluate.answer(str(directories.language_model()), questions, settings)
+    assert [text for row in found.texts for text in row] == [row["response"] for row in measured[1]]
+    generator = generate.open_model(directories.language_model())
+    ids = [generator.tokenizer.encode(text, start=True) for text in QUESTIONS]
+    sizes = [list(generate.answer(generator, ids, config.Sampling(max_new_tokens=4), batch_size=size)) for size in (3, 16)]
+    assert sizes[0] == [dataclasses.replace(one, logprob=pytest.approx(one.logprob, abs=1e-4)) for one in sizes[1]]
+
+
 def test_rewards_are_those_of_functions_and_models(measured, files, rollout):
     found, answers, settings = measured
     even, count, model = settings.rewards
@@ -282,13 +293,10 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
         (["--max-new-tokens", "128"], "the prompt has 3 tokens; with --max-new-tokens 128 that is more than the 128"),
         (["--columns", "prompt"], "--columns prompt: must be OURS=THEIRS, such as prompt=problem"),
         (["--columns", "prompt=text"], "short.txt is plain text and has no columns; leave it out"),
-        (["--batch-size", "3"], "--batch-size 3: must be a multiple of"),
         (["--out", "/dev/full"], "--out /dev/full: cannot be written (No space left on device); free disk space, or name"),
     ],
 )
 def test_mistakes_are_one_message(run, files, options, message):
-    if "--batch-size" in options and jax.device_count() == 1:
-        pytest.skip("one device takes any batch")
     (files / "short.txt").write_text("it\n")
     (files / "latin.txt").write_bytes(b"caf\xe9\n")
     names = {"LM": str(directories.language_model()), "RM": str(directories.reward_model()), "LATIN": str(files / "latin.txt")}
