@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,20 +65,25 @@ def as_row(stage: str, step: int, metrics: Mapping[str, Any], **more: Any) -> di
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, without torn or foreign lines; a file that does not exist has none."""
-    return _rows_of(path)[0]
+    return [row for _, row in _lines(path) if row is not None]
 
 
-def _rows_of(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a file, and how many lines were none: the last, where a killed process did not finish it, not counted."""
-    rows, lost = [], 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-                continue
-        lost += line.endswith(b"\n")
-    return rows, lost
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a file with its row, one at a time; None where it is none."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            row = None
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+            yield line, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _without(path: Path, dropped: Collection[int]) -> Iterator[bytes]:
+    """The lines of a file but those of these numbers, each with its end."""
+    with path.open("rb") as file:
+        yield from (line.removesuffix(b"\n") + b"\n" for number, line in enumerate(file) if number not in dropped)
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -91,13 +96,14 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | Iterable[bytes]) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part."""
-    content, partial = text.encode(), path.with_name(f".{path.name}.{os.getpid()}.partial")
+    pieces = [content.encode()] if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _explained(path):
         try:
             with partial.open("wb") as file:
-                file.write(content)
+                file.writelines(pieces)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -226,11 +232,12 @@ class Recorder:
         """The evaluation of the step that the run continues from is still owed: it is written (again), the step's row stays."""
         self._held = step - 1
         for name in (METRICS, SAMPLES) if self._writes else ():
-            rows = read_rows(self.run_dir / name)
-            owed = [row.get("step") == step and (name == SAMPLES or any(key.startswith("eval") for key in row)) for row in rows]
-            if any(owed):
-                kept = (row for row, again in zip(rows, owed, strict=True) if not again)
-                write_atomic(self.run_dir / name, "".join(json.dumps(row) + "\n" for row in kept))
+            path, owed = self.run_dir / name, set()
+            for number, (_, row) in enumerate(_lines(path)):
+                if row is not None and row["step"] == step and (name == SAMPLES or any(key.startswith("eval") for key in row)):
+                    owed.add(number)
+            if owed:
+                write_atomic(path, _without(path, owed))
 
     def note(self, text: str) -> None:
         """A line on the terminal that stays: a warning, a result."""
@@ -241,7 +248,7 @@ class Recorder:
     def phase(self, name: str, step: int | None = None) -> Iterator[Callable[[Any], None]]:
         """Count wall seconds (and peak memory so far) under a name, and show it on the progress line.
 
-        Nested phases are exclusive: an inner phase's seconds are not the outer one's, so that the sum is the run's time.
+        Nested phases are exclusive: an inner phase's seconds are not the outer one's, so that none is counted twice.
         Dispatch is asynchronous, and the host's time in the block is not the device's. So the block may name an array (one that
         is not donated) whose completion ends the phase; with `step`, `log` of that step writes time/<name>_s:
 
@@ -268,6 +275,10 @@ class Recorder:
             self._open_phases.pop()
             if self._line is not None:
                 self._line.phase(self._open_phases[-1][0] if self._open_phases else None)
+
+    def spent_s(self, name: str) -> float:
+        """Wall seconds of the host in a phase so far, those before the run was continued included."""
+        return self._phases.get(name, {}).get("wall_s", 0.0)
 
     def elapsed_s(self) -> float:
         """Wall seconds of the run, those before it was continued included."""
@@ -354,23 +365,28 @@ class Recorder:
             for left in self.run_dir.glob(f".{name}.*.partial"):  # by a kill within `write_atomic`
                 left.unlink()
         for name in (METRICS, SAMPLES):
-            path = self.run_dir / name
-            rows, lost = _rows_of(path)
-            again = [row.get("stage") == self.stage and row["step"] > self._held for row in rows]
-            kept = [row for row, dropped in zip(rows, again, strict=True) if not dropped]
-            removed += [row["step"] for row, dropped in zip(rows, again, strict=True) if dropped]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            if path.is_file() and path.read_bytes() != text.encode():
-                write_atomic(path, text)
+            path, line, lost = self.run_dir / name, b"\n", 0
+            dropped: set[int] = set()  # numbers of lines
+            own: set[int] = set()  # steps of the stage's rows that stay
+            for number, (line, row) in enumerate(_lines(path)):
+                if row is None:
+                    dropped.add(number)
+                    lost += line.endswith(b"\n")  # else it is the last one, which a killed process did not finish
+                elif row.get("stage") == self.stage and row["step"] > self._held:
+                    dropped.add(number)
+                    removed.append(row["step"])
+                elif row.get("stage") == self.stage:
+                    own.add(row["step"])
+                    self._before_s = max(self._before_s, row.get("time_s") or 0.0)
+            if dropped or not line.endswith(b"\n"):
+                write_atomic(path, _without(path, dropped))
             if lost:
                 told.append(f"{path}: lines that could not be read as rows were removed: {lost}")
             if name == METRICS:
-                own = {row["step"] for row in kept if row.get("stage") == self.stage}
                 absent = [step for step in range(every, self._held + 1, every or 1) if every and step not in own]
                 if absent:
                     named = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
                     told.append(f"{path}: no rows of steps {named} (log.every={every}); they are not made again")
-                self._before_s = max((row.get("time_s") or 0.0 for row in kept if row.get("stage") == self.stage), default=0.0)
         old = read_summary(self.run_dir)
         if self._held >= 0 and old.get("stage") == self.stage:
             with contextlib.suppress(TypeError, AttributeError, KeyError):  # somebody edited it: times only

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -106,6 +107,43 @@ def test_rows_that_are_gone_from_a_continued_run_are_told(tmp_path, capfd):
         f"{metrics}: no rows of steps 4 (log.every=2); they are not made again",
     ]
     assert continued([]) == [f"{metrics}: no rows of steps 2, 4, 6 (log.every=2); they are not made again"]
+
+
+def test_files_of_which_nothing_is_removed_stay_as_they_are_and_are_read_a_line_at_a_time(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    row = {f"a/number_{index}": 0.5 for index in range(100)}
+    metrics.write_text("".join(json.dumps({"stage": "ppo", "step": step} | row) + " \n" for step in range(500)))
+    before = metrics.stat()
+    tracemalloc.start()
+    try:
+        with recorder(tmp_path, resume_step=499) as run:
+            run.make_up(499)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (metrics.stat().st_ino, metrics.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert peak < 0.3 * before.st_size
+
+
+def test_what_stays_of_a_file_stays_byte_for_byte_and_its_last_line_gets_an_end(tmp_path):
+    lines = ['{"step": 1,  "stage": "ppo"}\n', '{"step": 7, "stage": "ppo"}\n', '{"stage": "sft", "step": 9}']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with recorder(tmp_path, resume_step=3):
+        assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + lines[2] + "\n"
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[2])
+    with recorder(tmp_path, resume_step=3) as run:
+        run.log(4, {"a/x": 1.0})
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 9, 4]
+
+
+def test_only_the_evaluation_that_is_owed_is_removed_and_the_rest_stays_byte_for_byte(tmp_path):
+    lines = ['{"stage": "ppo",  "step": 3, "a/x": 1}\n', '{"stage": "ppo", "step": 3, "eval/score": 1}\n']
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "samples.jsonl").write_text('{"stage": "ppo", "step": 2}\n{"stage": "ppo", "step": 3}\n')
+    with recorder(tmp_path, resume_step=3) as run:
+        run.make_up(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines[0]
+    assert (tmp_path / "samples.jsonl").read_text() == '{"stage": "ppo", "step": 2}\n'
 
 
 def test_the_clock_of_a_continued_run_goes_on(tmp_path):
