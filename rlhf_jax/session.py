@@ -91,18 +91,26 @@ class Session:
         processes.fail_together(self.recorder.failed)
         asked = self.interrupts.poll()
         if asked or self.save_due(step):
-            processes.together(self.directory.sync)
-            self.checkpoints.save(step, state, {"step": step})
+            with self.recorder.phase("save"):
+                processes.together(self.directory.sync)
+                self.checkpoints.save(step, state, {"step": step})
         if asked or step == self.settings.steps:
-            self.checkpoints.wait()  # what follows says that the step is saved: an export, the end, a message
+            with self.recorder.phase("save"):
+                self.checkpoints.wait()  # what follows says that the step is saved: an export, the end, a message
             self.interrupts.unsaved = False  # an export is not waited for: it is made again
             asked = asked or self.interrupts.poll()  # while the save was waited for
         if asked:
             raise self.interrupts.stopped(step)
         if self.evaluation_due(step):
             processes.together(self.recorder.summary)
-            processes.together(self.show)
+            processes.together(self.redraw)
         self.watchdog.pause()
+
+    def redraw(self) -> None:
+        """Write report.html anew, unless its drawings have taken a twentieth of the run's time: the loop waits for them."""
+        if self.recorder.spent_s("report") <= self.recorder.elapsed_s() / 20:
+            with self.recorder.phase("report"):
+                self.show()
 
     def show(self) -> None:
         """Write report.html anew."""

@@ -16,11 +16,13 @@ import pytest
 import synthetic_runs as runs
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import Recorder
 from rlhf_jax.report import check_run_dirs, write_report
 from rlhf_jax.report.curves import PathPoint, gao_fit, peak, reward_path, steadied
 from rlhf_jax.report.data import load_runs, text
 from rlhf_jax.report.plots import Line, line_chart
 from rlhf_jax.report.scales import number, smooth, spread, thin, tick_labels, ticks
+from rlhf_jax.session import Session
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -383,6 +385,18 @@ def test_a_thousand_rows_take_less_than_a_third_of_a_second(tmp_path):
         took.append(time.process_time() - began)
     assert min(took) < 0.3
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
+
+
+def test_a_page_that_has_cost_a_twentieth_of_the_time_is_not_redrawn_until_more_has_passed(tmp_path, monkeypatch):
+    drawn: list[int] = []
+    monkeypatch.setattr(Session, "show", lambda session: (drawn.append(1), time.sleep(0.02)))
+    with Recorder(tmp_path, "ppo", total_steps=9, console=False, process=0) as recorder:
+        session = Session(*[None] * 3, recorder, *[None] * 3, False)
+        for elapsed_s, drawings in ((0.1, 1), (0.2, 1), (0.3, 1), (100.0, 2), (100.1, 3)):
+            monkeypatch.setattr(recorder, "elapsed_s", lambda now=elapsed_s: now)
+            session.redraw()
+            assert len(drawn) == drawings
+    assert [(phase["name"], phase["calls"]) for phase in recorder.summary()["phases"]] == [("report", 3)]
 
 
 def test_a_report_is_replaced_whole(tmp_path, monkeypatch):

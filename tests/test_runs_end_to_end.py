@@ -93,7 +93,9 @@ def test_fine_tuning_lowers_the_loss_and_writes_what_it_should(base: Path) -> No
         assert rows_of(base / "sft", name)[-1][name] > rows_of(base / "sft", name)[0][name] >= 0
     for name in ("config.resolved.yaml", "summary.json", "report.html", "final/config.json", "final/tokenizer.json"):
         assert (base / "sft" / name).is_file(), name
-    assert metrics.read_summary(base / "sft")["status"] == "finished"
+    summary = metrics.read_summary(base / "sft")
+    assert summary["status"] == "finished"
+    assert {phase["name"] for phase in summary["phases"]} == {"data", "train", "evaluate", "save", "report", "export"}
 
 
 def test_a_reward_model_is_saved_with_its_calibration(base: Path) -> None:
