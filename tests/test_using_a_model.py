@@ -78,7 +78,7 @@ def test_chat(place, run, monkeypatch):
     monkeypatch.setattr(chat, "chat", lambda directory, **options: started.append(options))
     assert [run(words) for words in typed] == ["", ""]
     assert [options["system"] for options in started] == ["", "Answer in one sentence."]
-    named = re.findall(r"`(/[a-z]+)[ `]", PAGE)
+    named = list(dict.fromkeys(re.findall(r"`(/[a-z]+)[ `]", PAGE)))
     assert named == ["/reset", "/system", "/quit"]
     for name in named:
         chat.command(chat.Conversation(None, 1, 1.0, 1.0, 0), name)
