@@ -383,7 +383,7 @@ class Recorder:
             if lost:
                 told.append(f"{path}: lines that could not be read as rows were removed: {lost}")
             if name == METRICS:
-                absent = [step for step in range(every, self._held + 1, every or 1) if every and step not in own]
+                absent = [step for step in range(every, self._held + 1, every) if step not in own] if every else []
                 if absent:
                     named = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
                     told.append(f"{path}: no rows of steps {named} (log.every={every}); they are not made again")
