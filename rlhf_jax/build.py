@@ -39,6 +39,7 @@ class Loaded(NamedTuple):
     base: Params | None = None  # the frozen tree under an adapter
     calibration: Calibration = Calibration()
     source: Path | None = None  # directory it was read from
+    name: str | None = None  # what the run calls that: a hub name, or the directory
     lora: config.Lora | None = None  # what made the adapter
 
     @property
@@ -231,9 +232,9 @@ def load(
         found = models.load_checkpoint(
             path, head=head, key=key, zero_head=zero_head, shardings=programs.shardings(whole), param_dtype=kept
         )
-        params, calibration, source = found.params, found.calibration, Path(path)
+        params, calibration, source = found.params, found.calibration, found.source
     if not adapted:
-        return Loaded(spec, part, params, None, calibration, source)
+        return Loaded(spec, part, params, None, calibration, source, path)
     frozen = lora.frozen_part(params) if base is None else base
     make = parallel.compile_step(
         lambda k, p: _cast(_adapter(settings, spec, k, p), dtype(settings.param_dtype)), out=programs.shardings(part.trained)
@@ -241,7 +242,7 @@ def load(
     fresh = make(key, params)
     if adapter is not None:
         fresh = _begin_with(settings, spec, adapter, head, fresh)
-    return Loaded(spec, part, fresh, frozen, calibration, source, settings.lora)
+    return Loaded(spec, part, fresh, frozen, calibration, source, path, settings.lora)
 
 
 def begun_with(trained: Loaded) -> Loaded:
@@ -252,7 +253,7 @@ def begun_with(trained: Loaded) -> Loaded:
 def load_on(settings: config.Model, mesh: Mesh, actor: Loaded, *, head: str, path: str) -> Loaded:
     """A frozen model that is an adapter in PEFT layout on the actor's own base: the base stays the one copy in memory."""
     found = lora.load_adapter(path, actor.spec, head=head)
-    if actor.base is None or actor.source is None or Path(found.base or "").resolve() != actor.source.resolve():
+    if actor.base is None or actor.name is None or Path(found.base or "").resolve() != Path(actor.name).resolve():
         raise UserError(
             f"{path}: is an adapter of {found.base}; to share the actor's base give model.lora and model.path={found.base}, "
             "else give the directory of the merged model"
@@ -261,7 +262,7 @@ def load_on(settings: config.Model, mesh: Mesh, actor: Loaded, *, head: str, pat
         raise UserError(f"{path}: an adapter without a scalar head; it is no reward model")
     part = abstract_on(settings, mesh, actor.spec, actor.part, head=head, path=path)
     params = _placed(_scaled(found, settings), part.trained)
-    return Loaded(actor.spec, part, params, actor.base, found.calibration, Path(path), settings.lora)
+    return Loaded(actor.spec, part, params, actor.base, found.calibration, Path(path), path, settings.lora)
 
 
 def abstract_on(
@@ -331,8 +332,7 @@ def export(
     def save_adapter() -> None:
         if loaded.base is None or loaded.lora is None or not lora.has_layout(loaded.spec, params):
             return
-        base = None if loaded.source is None else str(loaded.source)
-        about: dict[str, Any] = {"base": base, "calibration": None if head == "lm" else kept}
+        about: dict[str, Any] = {"base": loaded.name, "calibration": None if head == "lm" else kept}
         with whole_or_nothing(out, out, sum(leaf.nbytes for leaf in jax.tree.leaves(params))):
             lora.save_adapter(out / "adapter", loaded.spec, params, loaded.lora, head=head, **about)
 

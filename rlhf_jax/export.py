@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import build, checkpoint, config, config_file, integrity, parallel, rundir, setups, shelf
+from rlhf_jax import build, checkpoint, config, config_file, integrity, models, parallel, rundir, setups, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import nest
 from rlhf_jax.models import lora
@@ -52,7 +52,7 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
         spec = build.read_spec(settings.model, path, tokenizer.vocab_size)
         loaded = build.Loaded(
             spec, build.abstract_part(settings.model, spec, mesh, head=head, trained=True), params,
-            source=None if path is None else Path(path),
+            source=None if path is None else models.find(path), name=path,
         )  # fmt: skip
     else:
         key = build.root_key(settings, "model")

@@ -1,6 +1,7 @@
 """Tiny model directories with random weights, made once a process: language models and a reward model with one vocabulary."""
 
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def language_model(seed: int = 0, *, chat: bool = True) -> Path:
 def reward_model(seed: int = 1) -> Path:
     """A reward model with a calibration."""
     return _save("score", seed, True)
+
+
+def on_hub(cache: Path, source: Path, name: str = "org/tiny") -> Path:
+    """A copy of a model directory where huggingface_hub keeps what it has fetched below `cache`."""
+    kept = cache / f"models--{name.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    return Path(shutil.copytree(source, kept / "snapshots" / "abc"))
 
 
 def _save(head: str, seed: int, chat: bool) -> Path:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import build, checks, config, models, offline, online, setups
+from rlhf_jax import build, checks, config, models, offline, online, parallel, setups
 from rlhf_jax.data.tokenizer import load_tokenizer, train_bpe
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import METRICS, read_rows
@@ -96,6 +96,21 @@ def test_a_reward_model_keeps_the_tokens_that_end_an_answer(tmp_path):
     found = models.load_checkpoint(directories.reward_model(), head="score")
     out = models.save_checkpoint(tmp_path / "rm", found.spec, found.params, head="score", tokenizer=tokenizer)
     assert load_tokenizer(out).eos_ids == (2, 7)
+
+
+def test_a_model_by_hub_name_is_exported_as_its_directory_is(tmp_path, monkeypatch):
+    """With the source's generation config; PEFT's base is the name, which others can fetch."""
+    directory = directories.on_hub(tmp_path, directories.language_model())
+    generation = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [2, 7], "top_k": 7}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path)
+    run = config.SFTRun(model=config.Model(path="org/tiny", lora=ADAPTER), data=DATA)
+    tokenizer, mesh = build.tokenizer_for("sft", run), parallel.make_mesh(run.mesh)
+    loaded = build.load(run.model, mesh, head="lm", key=jax.random.key(0), real_vocab=None, path=run.model.path)
+    build.export(tmp_path / "out", loaded, loaded.params, head="lm", tokenizer=tokenizer)
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (found["eos_token_id"], found["top_k"]) == ([2, 7], 7)
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
 
 
 @pytest.fixture

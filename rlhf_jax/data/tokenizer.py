@@ -6,13 +6,13 @@ would do, because importing transformers costs seconds; elsewhere AutoTokenizer 
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.vocabulary import FILES, GENERIC_CLASSES, NAMES, Tokenizer, clean, make_tokenizer
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub import find
 
 # Architectures for which AutoTokenizer 5.x keeps tokenizer.json as it is when the class is the generic one (read in its source;
 # tests compare). Qwen2 and Phi-3 are not: it rebuilds Qwen2's pre-tokenizer whatever the file says.
@@ -29,37 +29,31 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None) -> Tok
 
     `chat_template` is a jinja template (its text) that replaces the tokenizer's own. Errors: `UserError`.
     """
-    directory = Path(path)
+    directory = find(path, weights=False)
     _refuse_no_tokenizer(directory)
     settings = _json(directory / "tokenizer_config.json")
-    if directory.is_dir() and _is_plain(directory, settings):
+    if _is_plain(directory, settings):
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_file(str(directory / "tokenizer.json"))
         names = {key: _name(settings.get(key)) for key in NAMES}
         own = _own_template(directory, settings)
     else:
-        backend, names, own = _from_transformers(directory, str(path))
+        backend, names, own = _from_transformers(directory)
     return make_tokenizer(
         backend,
         names,
         chat_template=own if chat_template is None else chat_template,
         more_eos=_generation_eos(directory),
-        source=directory if directory.is_dir() else None,
+        source=directory,
     )
 
 
 def _refuse_no_tokenizer(directory: Path) -> None:
-    """What is plainly no tokenizer is told in our words, before transformers is imported and asks the hub for a minute."""
-    if not directory.is_dir():
-        hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.is_dir()
-        if not hub_name:
-            raise UserError(
-                f"{directory}: no such directory; give a directory in Hugging Face layout or a hub name like org/model"
-            )
-    elif (directory / "run.json").is_file():
+    """What is plainly no tokenizer is told in our words, before transformers is imported."""
+    if (directory / "run.json").is_file():
         raise UserError(f"{directory}: is the directory of a run, not of a model; its model is {directory / 'final'}")
-    elif not any(file.name in _ANY_OF or file.suffix == ".model" for file in directory.iterdir()):
+    if not any(file.name in _ANY_OF or file.suffix == ".model" for file in directory.iterdir()):
         found = sorted(file.name for file in directory.iterdir()) or "an empty directory"
         raise UserError(
             f"{directory}: has no tokenizer.json (found: {found}); give a directory that has one, for a run with "
@@ -90,21 +84,21 @@ def _is_plain(directory: Path, settings: dict[str, Any]) -> bool:
     )
 
 
-def _from_transformers(directory: Path, name: str) -> tuple[Any, dict[str, str | None], str | None]:
+def _from_transformers(directory: Path) -> tuple[Any, dict[str, str | None], str | None]:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        have = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else "no such directory"
+        have = sorted(file.name for file in directory.iterdir())
         raise UserError(
-            f"tokenizer {name!r} cannot be read: {str(error).splitlines()[0]} (found: {have}); "
+            f"tokenizer {str(directory)!r} cannot be read: {str(error).splitlines()[0]} (found: {have}); "
             "give model.tokenizer=<directory with tokenizer.json and tokenizer_config.json>"
         ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"tokenizer {name!r} has no fast form (tokenizer.json); save it once with transformers as a fast tokenizer"
+            f"tokenizer {str(directory)!r} has no fast form (tokenizer.json); save it once with transformers as a fast tokenizer"
         )
     names = {key: None if getattr(loaded, key, None) is None else str(getattr(loaded, key)) for key in NAMES}
     template = loaded.chat_template

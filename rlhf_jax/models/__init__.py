@@ -1,6 +1,6 @@
 """The models: one decoder, many families, real checkpoints in and out."""
 
-from rlhf_jax.models.directory import find
+from rlhf_jax.hub import find
 from rlhf_jax.models.families import FAMILIES, spec_of
 from rlhf_jax.models.known import KNOWN
 from rlhf_jax.models.load import Checkpoint, has_scalar_head, load_checkpoint, read_spec

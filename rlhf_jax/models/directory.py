@@ -52,29 +52,6 @@ class Tensors:
         self.files[self.place[name]].release(name)
 
 
-def find(path: str | Path) -> Path:
-    """The directory of a model: a local one, or a hub name fetched by huggingface_hub where that is installed.
-
-    Raises:
-        UserError: there is no such directory, and no hub to ask.
-    """
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise UserError(f"{path}: no such directory; give a directory in Hugging Face layout or a hub name like org/model")
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise UserError(f"{path}: no such directory; to fetch it from the hub, install huggingface_hub") from None
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        raise UserError(
-            f"{path}: no such directory, and the hub cannot be read ({type(error).__name__}); download it first"
-        ) from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

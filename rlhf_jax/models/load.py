@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.hub import find
 from rlhf_jax.models import directory as dirs
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.families import family_of, spec_of
@@ -44,7 +45,7 @@ def read_spec(path: str | Path, *, real_vocab: int | None = None) -> Spec:
     Raises:
         UserError: the architecture is not supported, needs code of its own, or lacks a key.
     """
-    return spec_of(dirs.read_config(dirs.find(path)), real_vocab=real_vocab)
+    return spec_of(dirs.read_config(find(path)), real_vocab=real_vocab)
 
 
 def has_scalar_head(path: str | Path) -> bool:
@@ -53,7 +54,7 @@ def has_scalar_head(path: str | Path) -> bool:
     Raises:
         UserError: there is no such directory, or no config.json in it.
     """
-    classes = dirs.read_config(dirs.find(path)).get("architectures") or [""]
+    classes = dirs.read_config(find(path)).get("architectures") or [""]
     return str(classes[0]).endswith(("ForSequenceClassification", "ForTokenClassification"))
 
 
@@ -78,7 +79,7 @@ def load_checkpoint(
         UserError: nothing was loaded: tensors are missing, unexpected or of another shape (the first five are named), a file
             is truncated, the weights are pickles, or the tokenizer has more tokens than the embedding rows.
     """
-    directory = dirs.find(path)
+    directory = find(path)
     config = dirs.read_config(directory)
     spec = spec_of(config, real_vocab=real_vocab)
     family = family_of(spec.model_type)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import directories
 import numpy as np
 import pytest
 
@@ -73,6 +74,15 @@ def test_a_template_that_prints_bos_does_not_get_a_second_one():
 
 def test_generation_config_adds_its_end_of_sequence_tokens():
     assert load_tokenizer(HERE / "llama3").eos_ids == (2, 4)
+
+
+def test_a_hub_name_is_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory = directories.on_hub(tmp_path, HERE / "llama3")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path)
+    found, wanted = load_tokenizer("org/tiny"), load_tokenizer(directory)
+    assert (found.eos_ids, found.hash, found.source) == ((2, 4), wanted.hash, directory)
+    with pytest.raises(UserError, match="org/other: no such directory, and the hub cannot be read"):
+        load_tokenizer("org/other")
 
 
 def test_without_generation_markers_the_mask_comes_from_prefixes(tmp_path: Path):
