@@ -11,7 +11,10 @@ import jax
 
 
 class Profile:
-    """Traces step `step` into `directory`; None traces nothing. A context manager: an error inside the step ends the trace."""
+    """Traces step `step` into `directory`; None traces nothing. A context manager: an error inside the step ends the trace.
+
+    Process 0 writes its trace; all know the step, for they read what they have dispatched together.
+    """
 
     def __init__(self, directory: Path, step: int | None, *, say: Callable[[str], Any]):
         self._directory, self._step, self._say = directory, step, say
@@ -23,7 +26,7 @@ class Profile:
 
     def begin(self, step: int) -> None:
         """Before step `step` is dispatched."""
-        if step == self._step:
+        if step == self._step and jax.process_index() == 0:
             jax.profiler.start_trace(self._directory)
             self._running = True
 

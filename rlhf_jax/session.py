@@ -184,8 +184,7 @@ def open_session(
         watchdog = stack.enter_context(health.Watchdog(settings.health, say=recorder.note))
         if restored is not None:
             recorder.note(f"{out}: continuing from step {restored.step}")
-        traced = settings.log.profile_step if parallel.is_main_process() else None
-        profile = stack.enter_context(Profile(out / "profile", traced, say=recorder.note))
+        profile = stack.enter_context(Profile(out / "profile", settings.log.profile_step, say=recorder.note))
         owed = restored is not None and bool(restored.extra.get("owes_evaluation"))
         if restored is not None and owed:
             processes.together(lambda: recorder.make_up(restored.step))

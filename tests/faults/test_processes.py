@@ -28,7 +28,7 @@ def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_ste
     arguments = ["ppo", config, f"reward.functions=[{{function: '{tmp_path}/reward.py:score'}}]", "save.every=3"]
     arguments += ["actor_optimizer.schedule=constant", "critic_optimizer.schedule=constant", "ppo.epochs=1", "ppo.ptx_coef=0"]
     arguments += ["data.packing=true", "ppo.micro_batches=2", "batch_size=32", "mesh.fsdp=8"]
-    both = stages.start_several([*arguments, "steps=100000"], processes=2, devices=4)
+    both = stages.start_several([*arguments, "steps=100000", "log.profile_step=2"], processes=2, devices=4)
     deadline = time.monotonic() + 600
     while kills.lines(out / "metrics.jsonl") < 4:
         assert all(process.poll() is None for process in both), [process.communicate()[0] for process in both]
@@ -44,6 +44,7 @@ def test_row_9_two_processes_are_one_run_and_asked_by_one_both_save_the_same_ste
     assert len(list((out / "checkpoints" / str(step)).glob("**/ocdbt.process_*"))) == 2
     assert integrity.problems(out / "checkpoints" / str(step), step=step) == []
     assert set(calls.read_text()) == {"0"}, "one process asks for the rewards"
+    assert len(list(out.glob("profile/**/*.trace.json.gz"))) == 1, "one process writes the trace"
 
     # One process goes on from there, another does it all by itself: the same numbers in every row.
     more = f"steps={step + 1}"
