@@ -7,24 +7,30 @@ penalty the reward model is hacked before one's eyes (`--demo overoptimization`)
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax import config, generate, metrics, offline, online, report
+from rlhf_jax import config, generate, metrics, offline, online, report, rundir
 from rlhf_jax.data.tasks import reviews
+from rlhf_jax.errors import UserError
 
 MODEL = config.Scratch(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, max_length=64)
 RESPONSE = 24  # tokens
 HELD_OUT = 256  # pairs that only measure a reward model
+COLLECTED = (metrics.METRICS, metrics.SAMPLES)
 STEPS = {"sft": 220, "reward": 100, "ppo": 24, "hacked": 40, "addition": 60}
 
 
 def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
-    """Run all stages below `out`; what is finished is not run again. Returns three numbers a policy and the next command."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Run all stages below `out`; what is finished is not run again. Returns three numbers a policy and the next command.
+
+    Errors: `UserError` for an `out` with a run of its own, another quickstart, or files that `collect` would write over.
+    """
+    require_ours(out, task, seed)
     if task == "addition":
         stages = run_addition(out, seed)
     elif demo == "overoptimization":
@@ -33,6 +39,22 @@ def run(*, out: Path, demo: str | None, task: str, seed: int) -> str:
         stages = run_reviews(out, seed)
     collect(out, stages)
     return summary(out, [stage for stage in stages if stage.name.startswith("ppo")])
+
+
+def require_ours(out: Path, task: str, seed: int) -> None:
+    """The first stage's record tells whose the files in `out` are: `collect` writes them after all stages alone."""
+    remedy = "Give another --out, or delete it"
+    earlier = None if (out / "run.json").exists() else rundir.read_record(out / "sft") if (out / "sft").is_dir() else None
+    if earlier is None:
+        taken = [name for name in ("run.json", "final", *COLLECTED, "report.html") if (out / name).exists()]
+        if taken:
+            raise UserError(f"--out {out} holds {', '.join(taken)}, not from a quickstart. {remedy}.")
+        return
+    there = (earlier["config"].get("data", {}).get("task"), earlier["config"].get("seed"))
+    if there != (task, seed):
+        raise UserError(
+            f"--out {out} holds another run: task {there[0]}, seed {there[1]} there; task {task}, seed {seed} here. {remedy}."
+        )
 
 
 def run_reviews(out: Path, seed: int) -> list[Path]:
@@ -149,7 +171,7 @@ def train_policy(out: Path, tuned: Path, scorer: Path, seed: int, *, kl_coef: fl
 
 def collect(out: Path, stages: list[Path]) -> None:
     """The files of all stages side by side: metrics.jsonl, samples.jsonl, the last model, one report."""
-    for name in (metrics.METRICS, metrics.SAMPLES):
+    for name in COLLECTED:
         rows = [line for stage in stages if (stage / name).is_file() for line in (stage / name).read_text().splitlines()]
         metrics.write_atomic(out / name, "".join(line + "\n" for line in rows))
     if (out / "final").exists():
@@ -164,7 +186,7 @@ def summary(out: Path, policies: list[Path]) -> str:
     for policy in policies:
         lines += ["", *([policy.name] if len(policies) > 1 else []), *numbers(policy)]
     name, other = ("addition", "--task addition") if len(policies) > 1 else ("hacked", "--demo overoptimization")
-    following = f"next    rlhf-jax quickstart {other} --out {out.with_name(f'{out.name}-{name}')}"
+    following = f"next    rlhf-jax quickstart {other} --out {shlex.quote(str(out.with_name(f'{out.name}-{name}')))}"
     return "\n".join([*lines, f"report  {out / 'report.html'}", f"model   {out / 'final'}", following])
 
 

@@ -590,6 +590,22 @@ def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.Mo
         assert (tmp_path / "q" / name).is_file(), name
     stages = {row["stage"] for row in metrics.read_rows(tmp_path / "q" / metrics.METRICS)}
     assert stages == {"sft", "reward", "ppo"}
+    for task, seed in (("addition", 0), ("reviews", 8)):
+        with pytest.raises(UserError, match=rf"task reviews, seed 0 there; task {task}, seed {seed} here. Give another --out"):
+            quickstart.run(out=tmp_path / "q", demo=None, task=task, seed=seed)
+    monkeypatch.setattr(quickstart, "write_pairs", lambda *_: pytest.fail("pairs that are there are not sampled again"))
+    assert quickstart.run(out=tmp_path / "q", demo=None, task="reviews", seed=0) == text
+
+
+@pytest.mark.parametrize("name", ["run.json", "final", "metrics.jsonl", "samples.jsonl", "report.html"])
+def test_the_quickstart_writes_over_nothing_that_is_not_its_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"--out .* holds {name}, not from a quickstart"):
+        quickstart.run(out=tmp_path, demo=None, task="reviews", seed=0)
+    with pytest.raises(UserError, match="cannot write there"):
+        quickstart.run(out=tmp_path / name / "q", demo=None, task="reviews", seed=0)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(["sft", name])
 
 
 def test_the_demo_of_over_optimisation_compares_two_runs_that_differ_in_the_kl_penalty_alone(
@@ -611,15 +627,15 @@ def test_the_demo_of_over_optimisation_compares_two_runs_that_differ_in_the_kl_p
     monkeypatch.setattr(offline, "run", trained)
     monkeypatch.setattr(online, "run", trained)
     monkeypatch.setattr(quickstart, "write_pairs", lambda *_: None)
-    text = quickstart.run(out=tmp_path / "q", demo="overoptimization", task="reviews", seed=3)
+    text = quickstart.run(out=tmp_path / "q q", demo="overoptimization", task="reviews", seed=3)
     without, held = policies
     assert (without.ppo.kl_coef, held.ppo.kl_coef) == (0.0, 0.1)
     assert dataclasses.replace(without, out=held.out, ppo=dataclasses.replace(without.ppo, kl_coef=0.1)) == held
     assert [Path(run.out).name for run in policies] == ["ppo-without-kl", "ppo-with-kl"]
     assert re.search(r"ppo-without-kl\ngold reward +0\.30 -> 0\.00 .*; highest 0\.80 at step 8\)", text)
     assert re.search(r"ppo-with-kl\ngold reward +0\.30 -> 0\.90 .*; highest 0\.90 at step 9\)", text)
-    assert text.endswith(f"next    rlhf-jax quickstart --task addition --out {tmp_path / 'q-addition'}")
-    page = (tmp_path / "q" / "report.html").read_text(encoding="utf-8")
+    assert text.endswith(f"next    rlhf-jax quickstart --task addition --out '{tmp_path / 'q q-addition'}'")
+    page = (tmp_path / "q q" / "report.html").read_text(encoding="utf-8")
     assert "without-kl" in page
 
 
