@@ -118,6 +118,7 @@ def ppo(
             "reward/score": -0.3 + 1.15 * d + rng.gauss(0, 0.06),
         }
         row |= {"reward/gold": worth} if gold else {}
+        row |= {"reward/" + 12 * "name": worth} if nasty else {}
         row |= {
             "kl/per_sequence_nats": kl,
             "kl/per_token_nats": kl / 18,

@@ -555,13 +555,15 @@ def test_it_looks_right_in_a_browser(drawn, width, dark):
             "Math.min(...[...document.querySelectorAll('svg.chart')].filter(s => s.getClientRects().length)"
             ".map(s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)) * 12"
         )
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        unfolded = page.evaluate("document.documentElement.scrollWidth")
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
         picture = page.screenshot(full=False)
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        overflowing = []
+        for across in (width, 320, 704, 800):
+            page.call("Emulation.setDeviceMetricsOverride", width=across, height=900, deviceScaleFactor=1, mobile=False)
+            overflowing += [across] if page.evaluate("document.documentElement.scrollWidth") > across else []
         faults, requests = page.faults(), page.requests()
     assert wide <= width
-    assert unfolded <= width
+    assert overflowing == []
     assert title == "quickstart – rlhf_jax"  # no script of a sample changed it
     assert faults == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []

@@ -153,8 +153,8 @@ def calibration(runs: Sequence[StageRun]) -> str:
             f"<p>{text(whose.strip() + ': ' if whose else '')}On average the stated probability is off by {error:.1%} "
             f"(expected calibration error).{right} Points on the diagonal are right as often as they claim; below it the model "
             "is too sure.</p>"
-            "<table><thead><tr><th>predicted</th><th>observed</th><th>95%</th><th>pairs</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+            '<div class="scroll"><table><thead><tr><th>predicted</th><th>observed</th><th>95%</th><th>pairs</th></tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
         )
     pairs = "".join(f'<div class="pair">{figure}<div>{word}</div></div>' for figure, word in zip(figures_, words, strict=True))
     return f"<section><h2>How far to trust the reward model</h2>{pairs}</section>" if pairs else ""
