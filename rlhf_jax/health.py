@@ -26,19 +26,19 @@ from rlhf_jax.leaves import named_leaves
 
 _LOG = logging.getLogger(__name__)
 
-# name -> what it means and what to try; the order is that of RunState.alarms
+# name -> what it means and what to try, {stage} being the group of the algorithm's keys; the order is that of RunState.alarms
 ALARMS = {
-    "kl": "the policy is far from the reference; raise ppo.kl_coef or lower actor_optimizer.learning_rate",
-    "ratio": "an update moves the policy too far; lower actor_optimizer.learning_rate or ppo.epochs",
-    "entropy": "the policy has become almost deterministic; raise ppo.entropy_coef or lower the learning rate",
+    "kl": "the policy is far from the reference; raise {stage}.kl_coef or lower actor_optimizer.learning_rate",
+    "ratio": "an update moves the policy too far; lower actor_optimizer.learning_rate or {stage}.epochs",
+    "entropy": "the policy has become almost deterministic; raise {stage}.entropy_coef or lower the learning rate",
     "score_spread": "all answers of a batch get the same score, so there is nothing to learn; look at the reward",
-    "eos": "no answer ends by itself; train on answers that end, raise sampling.max_new_tokens or set ppo.missing_eos",
+    "eos": "no answer ends by itself; train on answers that end, raise sampling.max_new_tokens or set {stage}.missing_eos",
     "length": "every answer is as long as allowed; raise sampling.max_new_tokens or penalise missing end-of-sequence",
 }
 _KEYS_TO_LOWER = {
     "rollout": ("batch_size", "sampling.max_new_tokens", "data.max_prompt_tokens"),
     "score": ("score_parts (raise it)", "model.logprob_chunk", "batch_size"),
-    "update": ("ppo.micro_batches (raise it)", "model.remat (full)", "model.logprob_chunk"),
+    "update": ("{stage}.micro_batches (raise it)", "model.remat (full)", "model.logprob_chunk"),
     "train": ("micro_batches (raise it)", "model.remat (full)", "data.max_tokens"),
     "load": ("model.param_dtype (bfloat16)", "mesh.fsdp (more devices)", "model.lora"),
     "export": ("model.lora", "model.param_dtype (bfloat16)", "mesh.fsdp (more devices)"),
@@ -73,11 +73,11 @@ def advance_alarms(alarms: jax.Array, metrics: Mapping[str, jax.Array], limits: 
     return jnp.where(known, jnp.where(on, alarms + 1, 0), alarms).astype(alarms.dtype)
 
 
-def alarm_messages(alarms: Any, limits: Health) -> list[str]:
+def alarm_messages(alarms: Any, limits: Health, stage: str) -> list[str]:
     """What to tell now: an alarm speaks when its condition has held `patience` steps, and again after 10, 100, … times that."""
     tell = [limits.patience * 10**power for power in range(6)]
     return [
-        f"alarm {name}, for {int(count)} steps: {advice}"
+        f"alarm {name}, for {int(count)} steps: {advice.format(stage=stage)}"
         for count, (name, advice) in zip(np.asarray(alarms), ALARMS.items(), strict=True)
         if int(count) in tell
     ]
@@ -190,17 +190,18 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def phase(name: str, components: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+def phase(name: str, components: Callable[[], Mapping[str, Any]] = dict, *, stage: str = "") -> Iterator[None]:
     """Work of one kind ("load", "rollout", "score", "update", "train", "export"); running out of memory becomes a UserError.
 
     components: makes {"actor": pytree or bytes, …}, called only when memory has run out.
+    stage: group of the algorithm's keys, which the message about an "update" names.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(out_of_memory_message(name, error, components())) from error
+        raise UserError(out_of_memory_message(name, error, components(), stage)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -208,17 +209,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def out_of_memory_message(name: str, error: BaseException, components: Mapping[str, Any]) -> str:
+def out_of_memory_message(name: str, error: BaseException, components: Mapping[str, Any], stage: str) -> str:
     """Phase, bytes per device of each component, largest first, and three keys in the order in which to lower them."""
     sizes = sorted(((bytes_per_device(part), label) for label, part in components.items()), reverse=True)
     lines = [f"  {label}: {size / 1e9:.2f} GB" for size, label in sizes[:8]]
-    keys = _KEYS_TO_LOWER[name]
+    keys = ", ".join(_KEYS_TO_LOWER[name]).format(stage=stage)
     held = [f"resident on each device ({sum(size for size, _ in sizes) / 1e9:.2f} GB):", *lines] if sizes else []
     return "\n".join(
         [
             f"out of memory in phase {name}: {' '.join(str(error).split())[:160]}",
             *held,
-            f"Lower, in this order: {', '.join(keys)}. `rlhf-jax fit CONFIG` tells beforehand what fits.",
+            f"Lower, in this order: {keys}. `rlhf-jax fit CONFIG` tells beforehand what fits.",
         ]
     )
 

@@ -1,6 +1,6 @@
 """What a run writes down: a JSON line a step, the samples, a summary; and one line on the terminal.
 
-    metrics.jsonl   {"stage", "step", "time_s", "<group>/<name>_<unit>": number | null, "not_finite": [names]}
+    metrics.jsonl   {"stage", "step", "time_s", "<group>/<name>_<unit>": number | null, "not_finite": [names], "alarms": [texts]}
     samples.jsonl   {"stage", "step", "index", "prompt", "response", "score", "gold", "kl_nats", "length_tokens", "finished"}
     summary.json    {"stage", "status", "step", "total_steps", "wall_s", "phases": [...], "peak_rss_mb", ...}
 
@@ -198,10 +198,11 @@ class Recorder:
             if kind is None:  # else the first error is the one to see: the disk that holds no summary is full since then
                 raise
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | int]:
+    def log(self, step: int, metrics: Mapping[str, Any], *, alarms: Sequence[str] = ()) -> dict[str, float | int]:
         """Append one row to metrics.jsonl and the backends; returns the metrics as Python numbers.
 
-        Give it the arrays of step n - 1 while the device computes step n: this call is where the host waits.
+        Give it the arrays of step n - 1 while the device computes step n: this call is where the host waits. `alarms`: what
+        was told of the step; the report shows it.
         """
         host = to_host(metrics)
         self._step = max(self._step, int(step))
@@ -212,6 +213,7 @@ class Recorder:
                 memory["memory/device_peak_mb"] = device
             spent = {f"time/{name.replace(' ', '_')}_s": seconds for name, seconds in self._stopwatch.take(int(step)).items()}
             row = as_row(self.stage, step, memory | spent | host, time_s=round(self.elapsed_s(), 3))
+            row |= {"alarms": list(alarms)} if alarms else {}
             self._append(METRICS, [row])
             numbers = {name: value for name, value in row.items() if "/" in name and value is not None}
             self._trackers = [tracker for tracker in self._trackers if tracker.log(step, numbers)]
@@ -287,8 +289,8 @@ class Recorder:
     def summary(self, status: str = "running", **extra: Any) -> dict[str, Any]:
         """Write summary.json: status, time and memory by phase, and whatever was ever passed as `extra` (last value wins).
 
-        The report knows `calibration` ([{"predicted", "observed", "count"}]), `numbers` ({"label": value}) and `alarms`
-        ([{"step", "text"}]); other keys are stored.
+        The report knows `calibration` ([{"predicted", "observed", "count"}]) and `numbers` ({"label": value}); other keys are
+        stored.
         """
         self._charge()
         self._extra |= extra

@@ -74,7 +74,7 @@ def run(stage: str, settings: config.OnlineRun, *, from_scratch: bool = False, o
             session.recorder.note(text)
         setup = made[0]
         state = setup.begin(None if restored is None else restored.state)
-        with health.phase("update", setup.components):  # what is only seen when results are read
+        with health.phase("update", setup.components, stage=stage):  # what is only seen when results are read
             state = train(setup, state, session)
         with session.recorder.phase("export"), health.phase("export", setup.components):
             setup.export(state)

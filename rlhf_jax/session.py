@@ -66,12 +66,13 @@ class Session:
         found = dict(found)
         alarms, bad = parallel.fetch((found.pop("health/alarms", None), found.pop("health/bad_steps", 0)))
         host: dict[str, Any] = found
-        if self.settings.log.every and (step % self.settings.log.every == 0 or step == self.settings.steps):
-            host = self.recorder.log(step, found | {"update/bad_steps": int(bad)})
+        said = [] if alarms is None else health.alarm_messages(alarms, self.settings.health, self.recorder.stage)
+        every = self.settings.log.every
+        if said or (every and (step % every == 0 or step == self.settings.steps)):
+            host = self.recorder.log(step, found | {"update/bad_steps": int(bad)}, alarms=said)
         self.recorder.progress(step, host)
-        if alarms is not None:
-            for text in health.alarm_messages(alarms, self.settings.health):
-                self.recorder.note(f"step {step}: {text}")
+        for text in said:
+            self.recorder.note(f"step {step}: {text}")
         if bad:
             self.skipped.append(step)
             if text := health.skip_message(len(self.skipped)):

@@ -1,6 +1,7 @@
 """What is told when a run is ill, and that nothing ill reaches the parameters."""
 
 import io
+import re
 import threading
 import time
 
@@ -11,9 +12,9 @@ import pytest
 
 from rlhf_jax import health
 from rlhf_jax.algorithms import training
-from rlhf_jax.config import Health, Optimizer
+from rlhf_jax.config import OFFLINE, STAGES, Health, Optimizer
 from rlhf_jax.errors import EXIT_STALLED, UserError
-from rlhf_jax.health import ALARMS, advance_alarms, alarm_messages, dump_arrays, require_finite_steps
+from rlhf_jax.health import ALARMS, advance_alarms, alarm_messages, dump_arrays, out_of_memory_message, require_finite_steps
 from rlhf_jax.types import TrainState
 
 WELL = {
@@ -55,8 +56,8 @@ def test_each_alarm_counts_its_own_condition_and_ends_with_it(name):
     for count in range(1, 4):
         alarms = advance(alarms, WELL | ILL[name])
         assert alarms.tolist() == [count if n == place else 0 for n in range(6)]
-        assert len(alarm_messages(alarms, Health())) == (count == 3)
-    assert alarm_messages(alarms, Health())[0].startswith(f"alarm {name}, for 3 steps: ")
+        assert len(alarm_messages(alarms, Health(), "ppo")) == (count == 3)
+    assert alarm_messages(alarms, Health(), "ppo")[0].startswith(f"alarm {name}, for 3 steps: ")
     assert advance(alarms, WELL).tolist() == [0] * 6
 
 
@@ -70,8 +71,20 @@ def test_metrics_that_are_absent_or_not_finite_change_nothing_or_raise_none():
 
 
 def test_an_alarm_speaks_at_its_patience_and_then_ever_more_rarely():
-    spoken = [n for n in range(1, 4000) if alarm_messages(np.full(6, n), Health())]
+    spoken = [n for n in range(1, 4000) if alarm_messages(np.full(6, n), Health(), "ppo")]
     assert spoken == [3, 30, 300, 3000]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_remedies_name_keys_that_the_stage_has(stage):
+    phases = ("train",) if stage in OFFLINE else ("rollout", "score", "update")
+    told = [out_of_memory_message(phase, MemoryError(), {}, stage) for phase in (*phases, "load", "export")]
+    told += [] if stage in OFFLINE else alarm_messages(np.full(6, 3), Health(), stage)
+    for key in re.findall(r"\w+(?:\.\w+)+|batch_size|(?<!\.)micro_batches|score_parts", " ".join(told)):
+        found = STAGES[stage]()
+        for name in key.split("."):
+            found = getattr(found, name)
+    assert stage in OFFLINE or any(f"{stage}.kl_coef" in text for text in told)
 
 
 def test_skipped_updates_speak_ever_more_rarely():
@@ -199,14 +212,14 @@ def test_out_of_memory_names_phase_components_and_three_keys():
     state = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}
     with (
         pytest.raises(UserError) as caught,
-        health.phase("update", lambda: {"actor and optimiser": state, "reference": 5 * 10**9}),
+        health.phase("update", lambda: {"actor and optimiser": state, "reference": 5 * 10**9}, stage="grpo"),
     ):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("out of memory in phase update: RESOURCE_EXHAUSTED: Out of memory allocating 17179869184")
     assert lines[1:4] == ["resident on each device (5.00 GB):", "  reference: 5.00 GB", "  actor and optimiser: 0.00 GB"]
     assert lines[4].count(",") == 3
-    assert "ppo.micro_batches (raise it), model.remat (full), model.logprob_chunk" in lines[4]
+    assert "grpo.micro_batches (raise it), model.remat (full), model.logprob_chunk" in lines[4]
 
 
 def test_bytes_per_device_follow_the_sharding():

@@ -273,11 +273,11 @@ def test_metrics_that_are_not_finite_are_named(tmp_path):
     path = tmp_path / "ppo"
     path.mkdir()
     row = {"stage": "ppo", "step": 4, "reward/score": None, "not_finite": ["reward/score"]}
-    runs.write_jsonl(path / "metrics.jsonl", [{"stage": "ppo", "step": 3, "reward/score": 1.0}, row, row | {"step": 5}])
-    (path / "summary.json").write_text(json.dumps({"stage": "ppo", "alarms": [{"step": 9, "text": "KL above 100 nats"}]}))
+    rows = [{"stage": "ppo", "step": 3, "reward/score": 1.0}, row, row | {"step": 5, "alarms": ["KL above 100 nats"]}]
+    runs.write_jsonl(path / "metrics.jsonl", rows)
     page = report([path], tmp_path)
     assert "reward/score was not finite at 2 steps from step 4 on." in page.prose
-    assert "PPO, step 9 : KL above 100 nats" in page.prose
+    assert "PPO, step 5 : KL above 100 nats" in page.prose
     assert "Reward 1 0 from 1, until step 3" in page.prose, "beside a figure that is not of the run's end"
     shutil.copytree(path, tmp_path / "b" / "ppo")
     runs.write_jsonl(tmp_path / "b/ppo/metrics.jsonl", [row, {"stage": "ppo", "step": 5, "reward/score": 2.0}])
@@ -316,9 +316,19 @@ def test_junk_in_every_file_breaks_nothing(tmp_path):
         "\ud800\x00\u202e",
     ]
     rng = random.Random(0)  # noqa: S311
-    keys = ["stage", "step", "reward/score", "reward/gold", "kl/per_sequence_nats", "policy/ratio_max", "a/b", "not_finite"]
+    keys = [
+        "stage",
+        "step",
+        "reward/score",
+        "reward/gold",
+        "kl/per_sequence_nats",
+        "policy/ratio_max",
+        "a/b",
+        "not_finite",
+        "alarms",
+    ]
     words = ["stage", "step", "index", "prompt", "response", "score", "gold", "kl_nats", "length_tokens", "finished"]
-    about = ["stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "calibration", "numbers", "alarms"]
+    about = ["stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "calibration", "numbers"]
     path = tmp_path / "run"
     path.mkdir()
     for turn in range(60):

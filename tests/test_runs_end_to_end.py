@@ -498,10 +498,12 @@ def test_what_a_run_does_not_measure_is_not_in_its_files_and_no_alarm(
     assert {row["kl_nats"] for row in samples} == {None}
     said = capsys.readouterr().err
     assert "alarm score_spread" in said
+    assert [row["alarms"][0][:18] for row in rows if "alarms" in row] == ["alarm score_spread"]
     assert "alarm ratio" not in said
     assert "alarm entropy" not in said
     page = (out / "report.html").read_text()
     assert "Before and after" in page
+    assert "GRPO, step 1</b>: alarm score_spread, for 1 steps" in page
     assert "was not finite at" not in page
 
 

@@ -25,6 +25,7 @@ class StageRun(NamedTuple):
     path: Path
     columns: dict[str, list[Point]]  # "group/name_unit" -> (step, value), finite values only
     broken: dict[str, list[int]]  # metric -> steps at which it was not finite
+    alarms: list[tuple[int, str]]  # (step, what was told)
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
     config: str
@@ -103,9 +104,10 @@ def _read_stages(path: Path) -> list[StageRun]:
     for stage in stages:
         own = [row for row in rows if str(row.get("stage", stage)) == stage]
         columns, broken = _columns(own)
+        alarms = [(row["step"], str(alarm)) for row in own for alarm in as_list(row.get("alarms"))]
         said = [row for row in samples if str(row.get("stage", stage)) == stage]
         about = summary if summary.get("stage", stage) == stage else {}
-        found.append(StageRun(stage, "", 0, path, columns, broken, said, about, config))
+        found.append(StageRun(stage, "", 0, path, columns, broken, alarms, said, about, config))
     return found
 
 

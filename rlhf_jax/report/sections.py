@@ -45,10 +45,7 @@ def _alarms(runs: Sequence[StageRun]) -> str:
     lines = []
     for run in runs:
         whose = f"{run.name} {run.label}" if compares(runs) else run.name
-        for alarm in as_list(run.summary.get("alarms")):
-            found = alarm if isinstance(alarm, dict) else {"text": alarm}
-            where = f", step {text(found['step'])}" if "step" in found else ""
-            lines.append(f"<p><b>{text(whose)}{where}</b>: {text(found.get('text', ''))}</p>")
+        lines += [f"<p><b>{text(whose)}, step {step}</b>: {text(alarm)}</p>" for step, alarm in run.alarms]
         for key, steps in run.broken.items():
             span = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from step {steps[0]} on"
             lines.append(f"<p><b>{text(whose)}</b>: {text(key)} was not finite at {span}.</p>")
