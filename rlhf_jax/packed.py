@@ -108,10 +108,7 @@ def part(batch: Batch, layout: Layout, number: jax.Array) -> Batch:
         inside=inside,
         skips=layout.packing.skips,
     )
-    found = batch.replace(action_mask=batch.action_mask & inside[:, None], packed=packed)
-    if isinstance(found, Experience) and found.value_mask is not None:
-        found = found.replace(value_mask=found.value_mask & inside[:, None])
-    return found
+    return batch.replace(action_mask=batch.action_mask & inside[:, None], packed=packed)
 
 
 def summed(packing: Packing, fn: Callable[[Batch], Any], batch: Batch) -> Any:

@@ -48,11 +48,11 @@ class Packed(Pytree):
     mask: jax.Array  # bool[N, T]
     segments: jax.Array  # i32[N, T], number of the sequence, 0 on padding
     positions: jax.Array  # i32[N, T], restart at 0 in every sequence
-    acting: jax.Array  # i32[N, T], columns of the tokens that an action follows, then of the others; in this order are:
+    acting: jax.Array  # i32[N, T], columns of the tokens before an action, then of the rest: the order of the next three
     targets: jax.Array  # i32[N, T], the token that follows
     target_mask: jax.Array  # bool[N, T], True where it is an action
     kept: jax.Array | None  # u32[N, T, ceil(V/32)], what sampling it kept
-    taken: jax.Array  # i32[B, R], slot of each response token among them; any where it is not in these rows
+    taken: jax.Array  # i32[B, R], slot, in that order, of each response token; any where it is in other rows
     last: jax.Array  # i32[B], slot of each sequence's last token
     inside: jax.Array  # bool[B], sequences that are in these rows
     skips: bool = flax.struct.field(pytree_node=False)  # heads are left out where no action needs them
@@ -97,7 +97,6 @@ class Experience(Pytree):
     values: jax.Array | None = None  # f32[B, R], old values, reward units
     returns: jax.Array | None = None  # f32[B, R], reward units
     kept: jax.Array | None = None  # u32[B, R, ceil(V/32)]
-    value_mask: jax.Array | None = None  # bool[B, R], tokens of the value loss where they differ from action_mask
     scores: jax.Array | None = None  # f32[B], reward units, as the reward gave them: running statistics
     packed: Packed | None = None  # as in Rollout
 
@@ -148,7 +147,7 @@ class RunState(Pytree):
     """Everything that an online run must not forget; what `checkpoint.py` writes."""
 
     step: jax.Array  # i32[], iterations of the loop that are finished
-    cursor: jax.Array  # i32[], prompts consumed so far
+    cursor: jax.Array  # i32[], answers trained on so far
     actor: TrainState
     critic: TrainState | None
     ema: Params | None  # exponential moving average of the actor's parameters, float32 whatever they are

@@ -315,18 +315,14 @@ def minibatch_value_loss(
     settings: config.PPO, values: jax.Array, batch: Experience, counts: Metrics
 ) -> tuple[jax.Array, Metrics]:
     """Share of the minibatch's clipped value loss, and metric shares."""
-    mask = _value_mask(batch)
+    mask = batch.action_mask
     old, returns = require(batch.values, "Experience.values"), require(batch.returns, "Experience.returns")
     losses, sums = value_loss(values, old, returns, mask, clip_eps=settings.value_clip)
-    metrics = share(sums, counts["value_tokens"])
+    metrics = share(sums, counts["tokens"])
     if settings.compat == "deepspeed_chat":
         loss = deepspeed_chat.critic_loss_fn(values, old, returns, mask, cliprange_value=settings.value_clip)
         return loss / settings.micro_batches, metrics
-    return ops.aggregate(losses, mask, settings.aggregation, denominator=counts["value_loss"]), metrics
-
-
-def _value_mask(batch: Experience) -> jax.Array:
-    return batch.action_mask if batch.value_mask is None else batch.value_mask
+    return ops.aggregate(losses, mask, settings.aggregation, denominator=counts["loss"]), metrics
 
 
 def denominators(settings: config.PPO, batch: Experience) -> Metrics:
@@ -334,8 +330,6 @@ def denominators(settings: config.PPO, batch: Experience) -> Metrics:
     return {
         "tokens": ops.aggregation_denominator(batch.action_mask, "token_mean"),
         "loss": ops.aggregation_denominator(batch.action_mask, settings.aggregation),
-        "value_tokens": ops.aggregation_denominator(_value_mask(batch), "token_mean"),
-        "value_loss": ops.aggregation_denominator(_value_mask(batch), settings.aggregation),
     }
 
 
