@@ -12,7 +12,6 @@ Order of a save: copy to the host -> Orbax writes `30.partial/` in the backgroun
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from rlhf_jax import integrity, processes, shelf
@@ -283,11 +281,6 @@ def _not_twice(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def state_digest(state: Any) -> str:
-    """SHA-256 over names, types, shapes and bytes of every leaf: equal for equal states on any mesh. Gathers to the host."""
-    return _digest({name: _to_host(leaf) for name, leaf in named_leaves(state).items()})
-
-
 def read(path: Path) -> dict[str, np.ndarray]:
     """Arrays of one checkpoint directory on the host, by name ("actor/params/…"), on one device, without the run's model."""
     path = path.absolute()  # what Orbax asks for
@@ -298,25 +291,6 @@ def read(path: Path) -> dict[str, np.ndarray]:
         for name, (dtype, shape) in ((name, parse_spec(spec)) for name, spec in description["leaves"].items())
     }
     return {name: np.asarray(leaf) for name, leaf in unnest(ocp.load(str(path / "state"), nest(wanted))).items()}
-
-
-def read_digest(path: Path) -> str:
-    """`state_digest` of the state in one checkpoint directory."""
-    return _digest(read(path))
-
-
-def _digest(leaves: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, leaf in sorted(leaves.items()):
-        digest.update(f"{name} {leaf.dtype.name} {leaf.shape}\n".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
 
 
 def _describe(step: int, leaves: dict[str, Any], extra: dict[str, Any]) -> str:

@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax import checkpoint, integrity, shelf
-from rlhf_jax.checkpoint import Checkpoints, read, read_digest, state_digest
+from rlhf_jax.checkpoint import Checkpoints, read
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Moments, RunState, TrainState
+from tests.digests import read_digest, state_digest
 
 
 def mesh_of(data, fsdp, tensor):

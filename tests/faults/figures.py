@@ -25,7 +25,8 @@ _RESHARD = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rlhf_jax.checkpoint import Checkpoints, state_digest
+from rlhf_jax.checkpoint import Checkpoints
+from tests.digests import state_digest
 
 mesh = Mesh(np.asarray(jax.devices()), ("x",), axis_types=(AxisType.Auto,))
 rng = np.random.default_rng(0)

@@ -136,7 +136,7 @@ def lines(path: Path) -> int:
 
 
 def digest(path: Path) -> str:
-    from rlhf_jax.checkpoint import read_digest
+    from tests.digests import read_digest
 
     return read_digest(path)
 

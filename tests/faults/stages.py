@@ -113,7 +113,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def outcome(out: Path) -> dict[str, Any]:
     """What must be equal: the last checkpoint's whole state, the exported models, metrics and samples row by row."""
-    from rlhf_jax.checkpoint import read_digest
+    from tests.digests import read_digest
 
     latest = (out / "checkpoints" / "LATEST").read_text().strip()
     models = {

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from rlhf_jax import checkpoint, health, integrity, offline, setups, signals
-from rlhf_jax.checkpoint import read_digest
+from tests.digests import read_digest
 from tests.faults import stages
 
 

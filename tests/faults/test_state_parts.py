@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import config_file, metrics, online, setups
-from rlhf_jax.checkpoint import Checkpoints, state_digest
+from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import STAGES
 from rlhf_jax.leaves import named_leaves
 from rlhf_jax.types import RunState
+from tests.digests import state_digest
 from tests.faults import stages
 
 # What is put back to its start, and whether anything but itself must then be different.
