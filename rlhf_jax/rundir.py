@@ -45,9 +45,8 @@ _SHOWN = 8
 class RunDir:
     """An opened run directory. Close it (or use `with`) to give the lock back."""
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: int | None, *, resumed: bool):
-        self.path, self.resumed = path, resumed
-        self._record, self._lock = record, lock
+    def __init__(self, path: Path, record: dict[str, Any], lock: int | None):
+        self.path, self._record, self._lock = path, record, lock
 
     @property
     def checkpoints(self) -> Path:
@@ -121,10 +120,9 @@ def open_run(
         except UserError as error:
             message = str(error)
     processes.fail_together(message)
-    resumed = bool(processes.from_writer(int(opened is not None and opened.resumed)))
     completed = processes.from_writer(-1 if opened is None or opened.completed_step is None else opened.completed_step)
     record = {"completed_step": completed if completed >= 0 else None}
-    return opened or RunDir(path, record, None, resumed=resumed)
+    return opened or RunDir(path, record, None)
 
 
 def fingerprint(source: str | os.PathLike[str] | None) -> str:
@@ -208,7 +206,7 @@ def _open(
     except UserError:
         _let_go(lock)
         raise
-    return RunDir(path, record, lock, resumed=earlier is not None)
+    return RunDir(path, record, lock)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -42,9 +42,14 @@ def refusal(call):
     return str(caught.value)
 
 
+def starts(path) -> int:
+    """How often the run in this directory was started."""
+    return len(json.loads((path / "run.json").read_text())["starts"])
+
+
 def test_a_new_run_describes_itself(tmp_path):
     with open_run(tmp_path / "a" / "b", text(), PRINTS) as run:
-        assert (run.resumed, run.completed_step) == (False, None)
+        assert (starts(tmp_path / "a" / "b"), run.completed_step) == (1, None)
         assert run.checkpoints == run.path / "checkpoints"
         assert yaml.safe_load((run.path / "config.resolved.yaml").read_text()) == CONFIG
         assert json.loads((run.path / "env.json").read_text())["versions"]["jax"]
@@ -56,10 +61,9 @@ def test_a_new_run_describes_itself(tmp_path):
 def test_the_same_command_again_continues(tmp_path):
     told = []
     open_run(tmp_path, text(), PRINTS).close()
-    with open_run(tmp_path, text(out="y", save={"every": 1}, log={"every": 3}), PRINTS, say=told.append) as run:
-        assert run.resumed
+    with open_run(tmp_path, text(out="y", save={"every": 1}, log={"every": 3}), PRINTS, say=told.append):
+        assert starts(tmp_path) == 2
     assert told == []
-    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
 
 
 def begun(path):
@@ -103,8 +107,8 @@ def test_differences_that_are_accepted_are_remembered(tmp_path):
     begun(tmp_path)
     changed, prints = text(ppo={"kl_coef": 0.1, "adaptive_kl": None}), PRINTS | {"data": "file:dddd"}
     open_run(tmp_path, changed, prints, override=["ppo.kl_coef", "data"]).close()
-    with open_run(tmp_path, changed, prints) as run:
-        assert run.resumed
+    with open_run(tmp_path, changed, prints):
+        assert starts(tmp_path) == 3
     assert json.loads((tmp_path / "run.json").read_text())["starts"][1]["override"] == ["data", "ppo.kl_coef"]
 
 
@@ -132,8 +136,8 @@ def test_a_completed_run_says_so_until_more_steps_are_asked_for(tmp_path):
 
 def test_from_scratch_sets_the_earlier_run_aside_and_deletes_nothing(tmp_path):
     for number in (1, 2):
-        with open_run(tmp_path, text(seed=number), PRINTS, from_scratch=True, say=lambda line: None) as run:
-            assert not run.resumed
+        with open_run(tmp_path, text(seed=number), PRINTS, from_scratch=True, say=lambda line: None):
+            assert starts(tmp_path) == 1
             (tmp_path / "metrics.jsonl").write_text(f"{number}")
             (tmp_path / "checkpoints").mkdir()
             (tmp_path / "final-critic").mkdir()
@@ -231,8 +235,8 @@ def test_a_second_process_is_refused_and_a_dead_one_is_replaced(tmp_path):
         first.send_signal(signal.SIGKILL)
         first.communicate()
     told = []
-    with open_run(tmp_path, text(), PRINTS, say=told.append) as run:
-        assert run.resumed
+    with open_run(tmp_path, text(), PRINTS, say=told.append):
+        assert starts(tmp_path) == 2
     assert f"process {first.pid}" in told[0]
     assert "left" in told[0]
 
