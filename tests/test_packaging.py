@@ -31,7 +31,7 @@ FLOORS = {
     "rewards": {"rewards"},
     "placement": {"parallel"},
     "survival": {"checkpoint", "integrity", "leaves", "processes", "rundir", "signals", "health", "runs", "shelf"},
-    "seeing": {"metrics", "progress", "profiling", "stopwatch", "trackers", "report", "plots", "estimates"},
+    "seeing": {"metrics", "progress", "profiling", "stopwatch", "trackers", "report", "estimates"},
     "reading": {"config_file", "config_table", "checks", "strict_yaml", "environment"},
     "machines": {"topologies", "hlo", "doctor"},
     "testing": {"testing"},
@@ -129,7 +129,7 @@ def test_relative_imports_are_not_used():
     assert relative == []
 
 
-TRUNK = {"ppo", "training", "update", "critic_free", "groups"}  # the last two: what GRPO, RLOO, ReMax, REINFORCE++ share
+TRUNK = {"ppo", "training", "update", "critic_free"}  # the last: what GRPO, RLOO, ReMax, REINFORCE++ share
 
 
 def test_algorithms_know_no_sibling_but_the_trunk():
@@ -137,6 +137,12 @@ def test_algorithms_know_no_sibling_but_the_trunk():
         siblings = {full.split(".")[2] for full in imports(path) if full.startswith("rlhf_jax.algorithms.")}
         allowed = TRUNK | {"deepspeed_chat"} if path.stem == "ppo" else TRUNK
         assert path.stem == "__init__" or siblings <= allowed, path.name
+
+
+def test_contributing_says_where_every_module_belongs():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    assert [name for name in sorted(rooms) if (PACKAGE / name).suffix in ("", ".py") and f"`{name}`" not in table] == []
 
 
 def test_one_place_jits():
