@@ -79,6 +79,11 @@ def tokenizer_for(stage: str, run: config.Run) -> Tokenizer:
     return run_tokenizer(run.model, run.data, purpose_of(stage, run.data), seed=run.seed)
 
 
+def stop_ids(sampling: config.Sampling, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's, generation_config's, and sampling.stop."""
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *(tokenizer.token_id(text) for text in sampling.stop)]))
+
+
 # ---------------------------------------------------------------------------------------------------- models
 
 

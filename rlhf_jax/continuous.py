@@ -66,23 +66,9 @@ def make_continuous_sampler(
     if not 0 < refill <= rows or refill % samples:
         raise UserError(f"refill is {refill}; it must be a multiple of samples ({samples}) between 1 and rows ({rows})")
 
-    def sample(params: Params, prompts: Prompts, key: jax.Array) -> Rollout:
-        rollout, _, _ = generate(
-            model,
-            sampling,
-            params,
-            prompts,
-            key,
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            rows=rows,
-            refill=refill,
-            samples=samples,
-            collect_kept=collect_kept,
-        )
-        return rollout
-
-    return sample
+    counts: dict[str, Any] = {"rows": rows, "refill": refill, "samples": samples}
+    told: dict[str, Any] = {"stop_ids": stop_ids, "pad_id": pad_id, "collect_kept": collect_kept}
+    return lambda params, prompts, key: generate(model, sampling, params, prompts, key, **counts, **told)[0]
 
 
 def usual_refill(rows: int, samples: int = 1) -> int:

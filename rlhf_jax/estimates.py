@@ -18,9 +18,6 @@ class Interval(NamedTuple):
     high: float
     count: int  # observations
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.count})"
-
 
 def wilson(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
     """Wilson score interval of a proportion; holds its level near 0 and 1, where the normal one has length zero.

@@ -32,7 +32,6 @@ from rlhf_jax.types import Frozen, Prompts, RewardInput
 
 Tell = Callable[[str], None]
 Array = Any  # numpy, [prompts, answers of each]
-ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ def answer(model: str, questions: Sequence[Question], settings: Settings, *, ref
     sampling = config.Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
     sample, key = generator.sampler(sampling), jax.random.key(settings.seed)
     measure = None if reference is None else make_kl(generator, reference, settings)
-    width = -(-max(map(len, ids)) // ROUND) * ROUND
+    width = -(-max(map(len, ids)) // generate.ROUND) * generate.ROUND
     rows = [(place, number) for place in range(len(ids)) for number in range(settings.samples)]
     found: list[tuple[list[int], bool, float]] = []
     for first in range(0, len(rows), size):

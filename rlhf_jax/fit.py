@@ -199,8 +199,9 @@ def measure(name: str, step: programs.Program, topology: topologies.Topology, re
     return row(memory.temp_size_in_bytes / GIB, peak, cost, parts)
 
 
-# What a program finds gone. The last copy of the weights for decoding is dropped before the next one is made, and an update is
-# not handed over before the rollout that read the copy is finished (`online.train`); scoring is, and finds the copy there.
+# What is no longer in memory when a program starts. The last copy of the weights for decoding is dropped before the next one is
+# made, and an update is not handed over before the rollout that read the copy is finished (`online.train`); scoring is, and
+# finds the copy there.
 _ABSENT = {"sync": ("decoding copy",), "learn": ("decoding copy", "ema to evaluate")}
 
 

@@ -106,7 +106,7 @@ def _accepts(run: Any, key: str, value: Any) -> bool:
 
 def _changes(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
     yield from _same_results(stage, run, mesh, shape)
-    yield from _other_results(stage, run, mesh, shape)
+    yield from _other_results(stage, run, shape)
     yield from _other_machines(mesh, shape)
 
 
@@ -152,7 +152,7 @@ def _same_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> I
         yield Change("model.offload", model.offload, values, _parked(used), "they wait in the host's memory")
 
 
-def _other_results(stage: str, run: Any, mesh: dict[str, int], shape: Shape) -> Iterator[Change]:
+def _other_results(stage: str, run: Any, shape: Shape) -> Iterator[Change]:
     """Keys that change what is learnt, on the same machine."""
     minibatches, _ = checks.splits(run)
     model, sampling = run.model, getattr(run, "sampling", None)

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from rlhf_jax import config, sampling, scoring
 from rlhf_jax.algorithms.training import Algorithm, require
-from rlhf_jax.programs import ALARMS, init_train_state
-from rlhf_jax.types import Frozen, Metrics, Model, Moments, Params, Rollout, RunState, join
+from rlhf_jax.programs import init_run_state
+from rlhf_jax.types import Frozen, Metrics, Model, Params, Rollout, RunState, join
 
 
 class Online(NamedTuple):
@@ -69,19 +68,7 @@ def online(
     update = algorithm.make_update(policy, value, actor_tx, critic_tx)
 
     def init(actor: Params, *, critic: Params | None = None, kl_coef: float | jax.Array | None = None) -> RunState:
-        zero = jnp.float32(0.0)
-        return RunState(
-            step=jnp.int32(0),
-            cursor=jnp.int32(0),
-            actor=init_train_state(actor_tx, actor),
-            critic=None if critic is None or critic_tx is None else init_train_state(critic_tx, critic),
-            ema=None,
-            kl_coef=jnp.asarray(algorithm.kl_coef if kl_coef is None else kl_coef, jnp.float32),
-            scores=Moments(count=zero, mean=zero, m2=zero),
-            best=zero,
-            bad_steps=jnp.int32(0),
-            alarms=jnp.zeros(ALARMS, jnp.int32),
-        )
+        return init_run_state(actor_tx, critic_tx, actor, critic, algorithm.kl_coef if kl_coef is None else kl_coef)
 
     def answer(sampler: sampling.Sample) -> Callable[..., Rollout]:
         return lambda state, frozen, prompts, key: sampler(join(frozen.actor, state.actor.params), prompts, key)

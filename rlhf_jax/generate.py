@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import build, config, models, parallel, sampling, setups
+from rlhf_jax import build, config, models, parallel, sampling
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.encode import cut_left
 from rlhf_jax.data.formats import ASSISTANT, HUMAN, Message
@@ -20,7 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.types import Prompts
 
 PLAIN_CHAT = f"no chat template: answers continue a plain transcript ({HUMAN!r}, {ASSISTANT!r}) and end before {HUMAN!r}"
-_ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
+ROUND = 16  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Generator:
     def sampler(self, settings: config.Sampling) -> Any:
         """(decoding params, prompts, key) -> Rollout."""
         if settings not in self.compiled:
-            stops = setups.stop_ids(settings, self.tokenizer)
+            stops = build.stop_ids(settings, self.tokenizer)
             sample = sampling.make_sampler(self.loaded.model, settings, stop_ids=stops, pad_id=self.tokenizer.pad_id)
             self.compiled[settings] = parallel.compile_step(sample, out=parallel.batch_sharding(self.mesh))
         return self.compiled[settings]
@@ -85,7 +85,7 @@ def answer(
     key = jax.random.key(seed)
     batch_size += -batch_size % parallel.axis_size(generator.mesh, "batch")
     longest = max((len(ids) for ids in prompts), default=1)
-    width = -(-max(longest, 1) // _ROUND) * _ROUND
+    width = -(-max(longest, 1) // ROUND) * ROUND
     sample = generator.sampler(settings)
     for first in range(0, len(prompts), batch_size):
         rows = list(prompts[first : first + batch_size])

@@ -58,7 +58,6 @@ class Report(NamedTuple):
     bytes: float  # read and written in HBM, fusions counted by their inputs and outputs
     cycles: float  # sum of the compiler's estimates (TPU only; excludes collectives and custom kernels), else 0
     kernels: int  # custom kernel calls
-    unknown_loops: list[str]
 
 
 def shape_bytes(shape: str) -> float:
@@ -158,7 +157,6 @@ def report(text: str, while_trips: float = 1, *, scope: str = "") -> Report:
         bytes=moved,
         cycles=cycles,
         kernels=int(kernels),
-        unknown_loops=program.unknown_loops,
     )
 
 

@@ -231,7 +231,7 @@ class Recorder:
             self._line.update(step, finite)
 
     def make_up(self, step: int) -> None:
-        """The evaluation of the step that the run continues from is still owed: it is written (again), the step's row stays."""
+        """The evaluation of step `step`, from which the run continues, had failed: its rows go and it is made again."""
         self._held = step - 1
         for name in (METRICS, SAMPLES) if self._writes else ():
             path, owed = self.run_dir / name, set()

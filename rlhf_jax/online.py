@@ -180,10 +180,9 @@ def _ask(host_reward: HostReward, batch: RewardInput) -> dict[str, Any]:
     return {"values": np.asarray(values).tolist(), "parts": {name: float(np.mean(value)) for name, value in found.items()}}
 
 
-def reward_input(setup: OnlineSetup, rollout: Rollout, rows: int | None = None) -> RewardInput:
+def reward_input(setup: OnlineSetup, rollout: Rollout) -> RewardInput:
     """A rollout as text, with the other columns of its data rows."""
     tokens, chosen, finished, index = parallel.fetch((rollout.tokens, rollout.action_mask, rollout.finished, rollout.index))
-    tokens, chosen, finished, index = (x[:rows] for x in (tokens, chosen, finished, index))
     responses = tokens[:, -chosen.shape[1] :]
     texts = [setup.tokenizer.decode(row[keep]) for row, keep in zip(responses, chosen, strict=True)]
     return RewardInput(setup.data.texts(index), texts, finished, setup.data.columns(index))

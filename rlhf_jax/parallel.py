@@ -1,7 +1,7 @@
 """Mesh, shardings and `compile_step`: the one place that calls `jax.jit`.
 
-Parameters carry logical axis names; `RULES` says which mesh axis splits each. Today's name for pjit is `jax.jit` with
-shardings. Mesh axes are Auto: XLA's partitioner propagates, `constrain` pins what it would get wrong.
+Parameters carry logical axis names; `RULES` says which mesh axis splits each. Mesh axes are Auto:
+XLA's partitioner propagates, `constrain` pins what it would get wrong.
 """
 
 import functools

@@ -143,6 +143,31 @@ def abstract_run_state(
     )
 
 
+def init_run_state(
+    actor_tx: optax.GradientTransformation,
+    critic_tx: optax.GradientTransformation | None,
+    actor: Params,
+    critic: Params | None,
+    kl_coef: float | jax.Array,
+    *,
+    ema: bool = False,
+) -> RunState:
+    """The state before the first step."""
+    zero, count = jnp.float32(0), jnp.int32(0)
+    return RunState(
+        step=count,
+        cursor=count,
+        actor=init_train_state(actor_tx, actor),
+        critic=None if critic is None or critic_tx is None else init_train_state(critic_tx, critic),
+        ema=jax.tree.map(lambda x: x.astype(jnp.float32), actor) if ema else None,
+        kl_coef=jnp.asarray(kl_coef, jnp.float32),
+        scores=Moments(count=zero, mean=zero, m2=zero),
+        best=jnp.float32(-jnp.inf),
+        bad_steps=count,
+        alarms=jnp.zeros((ALARMS,), jnp.int32),
+    )
+
+
 def abstract_frozen(parts: Parts) -> Frozen:
     """The parameters that no step changes, as shapes."""
     return Frozen(
@@ -276,11 +301,18 @@ def init_offline_state(tx: optax.GradientTransformation, params: Params) -> Offl
     return OfflineState(step=jnp.int32(0), trained=trained, best=jnp.float32(jnp.inf), bad_steps=jnp.int32(0))
 
 
-def offline_functions(
-    stage: str, run: Any, algorithm: training.Offline, model: Model, tx: optax.GradientTransformation
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(state, batch, frozen) -> (state, metrics), and, of a batch that is not trained on,
-    (params, frozen, batch) -> (metrics, what each counts).
+def offline_programs(
+    stage: str,
+    run: Any,
+    algorithm: training.Offline,
+    model: Model,
+    tx: optax.GradientTransformation,
+    state: OfflineState,
+    frozen: Frozen,
+    batch: Any = None,
+) -> dict[str, Program]:
+    """update: (state, batch, frozen) -> (state, metrics); evaluate, of a batch that is not trained on: (params, frozen, batch)
+    -> (metrics, what each counts). `state`, `frozen`, `batch`: shapes with shardings; a batch is needed to compile ahead of time.
     """
     if stage == "reward":
         inner = scoring.make_score_apply(model)
@@ -306,7 +338,11 @@ def offline_functions(
         metrics = loss(params, frozen, batch, counts)[1]
         return metrics, dict.fromkeys(metrics, next(iter(counts.values()))) | algorithm.weights(batch)
 
-    return update, evaluate
+    everywhere = parallel.replicated(jax.tree.leaves(state)[0].sharding.mesh)
+    return {
+        "update": Program(update, (state, batch, frozen), (shardings(state), everywhere), donate=(0,)),
+        "evaluate": Program(evaluate, (state.trained.params, frozen, batch), everywhere),
+    }
 
 
 def _score(
@@ -378,7 +414,7 @@ def _in_parts(fn: Callable[[Any, Any], Any], parts: int, packing: packed.Packing
 
     def apply(params: Any, batch: Any) -> Any:
         results = jax.lax.map(lambda part: fn(params, part), training.split_rows(batch, parts))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+        return training.join_rows(results)
 
     return apply
 

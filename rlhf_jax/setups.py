@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -37,7 +36,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.rewards import REWARDS, HostReward, make_reward
 from rlhf_jax.rundir import fingerprint
 from rlhf_jax.setups_abstract import HEADS, abstract_programs, online_optimizers, reference_of
-from rlhf_jax.types import Frozen, Moments, OfflineState, Params, Prompts, RewardFn, RewardInput, RunState, Sequences, join
+from rlhf_jax.types import Frozen, OfflineState, Params, Prompts, RewardFn, RewardInput, RunState, Sequences, join
 
 PROBED = 64  # rows that the rewards of this package read before a run starts
 
@@ -142,26 +141,14 @@ class OnlineSetup:
 
     def initial_state(self) -> RunState:
         """The state before the first step; takes the weights that were loaded over (donated: a second copy would stay)."""
-        settings, (actor_tx, critic_tx) = self.settings, self.optimizers
-        where = programs.shardings(self.abstract)
-        kl_coef = getattr(settings, self.plan.stage).kl_coef
+        kl_coef = getattr(self.settings, self.plan.stage).kl_coef
+        ema = self.abstract.ema is not None
 
         def make(actor: Params, critic: Params | None) -> RunState:
-            zero, count = jnp.float32(0), jnp.int32(0)
-            return RunState(
-                step=count,
-                cursor=count,
-                actor=programs.init_train_state(actor_tx, actor),
-                critic=None if critic is None else programs.init_train_state(critic_tx, critic),
-                ema=None if self.abstract.ema is None else jax.tree.map(lambda x: x.astype(jnp.float32), actor),
-                kl_coef=jnp.float32(kl_coef),
-                scores=Moments(count=zero, mean=zero, m2=zero),
-                best=jnp.float32(-jnp.inf),
-                bad_steps=count,
-                alarms=jnp.zeros((programs.ALARMS,), jnp.int32),
-            )
+            return programs.init_run_state(*self.optimizers, actor, critic, kl_coef, ema=ema)
 
         critic = None if self.critic is None else self.critic.params
+        where = programs.shardings(self.abstract)
         return parallel.compile_step(make, out=where, donate=(0, 1))(self.actor.params, critic)
 
     def average(self, state: RunState) -> Params | None:
@@ -251,7 +238,7 @@ def set_up_online(plan: OnlinePlan) -> OnlineSetup:
         mesh,
         parts,
         prompt_length=plan.data.length,
-        stop_ids=stop_ids(settings.sampling, plan.tokenizer),
+        stop_ids=build.stop_ids(settings.sampling, plan.tokenizer),
         pad_id=plan.tokenizer.pad_id,
         optimizers=optimizers,
         ptx_length=None if plan.ptx is None else plan.ptx.length,
@@ -303,11 +290,6 @@ def offload_notes(settings: config.Run, mesh: Mesh) -> list[str]:
 def adapter_of(settings: config.Run) -> str | None:
     """The adapter that the trained model begins with."""
     return None if settings.model.lora is None else settings.model.lora.path
-
-
-def stop_ids(sampling: config.Sampling, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's, generation_config's, and sampling.stop."""
-    return tuple(dict.fromkeys([*tokenizer.eos_ids, *(tokenizer.token_id(text) for text in sampling.stop)]))
 
 
 def rewards_of(settings: config.OnlineRun, tokenizer: Tokenizer) -> tuple[HostReward | None, RewardFn | None]:
@@ -437,20 +419,18 @@ def set_up_offline(plan: OfflinePlan) -> OfflineSetup:
     reference = _reference(settings, trained, load) if hasattr(settings, "reference") else None
     frozen = Frozen(actor=trained.base, reference=None if reference is None else reference.params)
     tx = training.make_optimizer(settings.optimizer, settings.steps)
-    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)
     aside = settings.model.offload if parallel.can_park(mesh) else ()
     abstract = programs.park_state(programs.abstract_offline_state(mesh, tx, trained.part.trained), aside)
     places = Frozen(actor=trained.part.frozen, reference=None if reference is None else reference.part.trained)
     places = programs.park_frozen(places, aside)
-    step = programs.Program(
-        update, (abstract, None, places), (programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,)
-    )
+    algorithm = build.offline_algorithm(stage, settings)
+    do = programs.offline_programs(stage, settings, algorithm, trained.model, tx, abstract, places)
     return OfflineSetup(
         plan=plan,
         trained=trained,
         frozen=jax.device_put(frozen, programs.shardings(places)) if aside else frozen,
         optimizer=tx,
         abstract=abstract,
-        update=step.compile(),
-        evaluate=programs.Program(evaluate, (None, places, None), parallel.replicated(mesh)).compile(),
+        update=do["update"].compile(),
+        evaluate=do["evaluate"].compile(),
     )

@@ -106,9 +106,10 @@ def _cast(average: Any, param: Any) -> Any:
 
 
 def reference_of(settings: Any, begun: Callable[[], T], whole: Callable[[str | None], T]) -> T | None:
-    """What the trained model is held against: where it began; None: the base under a new adapter, which needs no copy.
+    """The reference: what the trained model was when it began, or another model that the run names.
 
-    `begun()` is the adapter that training begins with, `whole(path)` a model, None the random one that the run begins with.
+    `whole(path)` loads a model (None: the random weights that the run begins with), `begun()` the adapter that training begins
+    with. None where that adapter is new: then its base is the reference and needs no copy.
     """
     if settings.reference is None and settings.model.lora is not None:
         return None if settings.model.lora.path is None else begun()
@@ -128,12 +129,7 @@ def _abstract_offline(
     frozen = programs.park_frozen(frozen, aside)
     rows = programs.abstract_sequences(mesh, settings.batch_size, settings.data.max_tokens, packed=settings.data.packing)
     batch = rows if stage == "sft" else Preferences(chosen=rows, rejected=rows)
-    update, evaluate = programs.offline_functions(stage, settings, build.offline_algorithm(stage, settings), trained.model, tx)
-    steps = {
-        "update": programs.Program(
-            update, (state, batch, frozen), (programs.shardings(state), parallel.replicated(mesh)), donate=(0,)
-        ),
-        "evaluate": programs.Program(evaluate, (state.trained.params, frozen, batch), parallel.replicated(mesh)),
-    }
+    algorithm = build.offline_algorithm(stage, settings)
+    steps = programs.offline_programs(stage, settings, algorithm, trained.model, tx, state, frozen, batch)
     resident = {"model": state, "reference": frozen.reference, "base": trained.frozen}
     return steps, {name: tree for name, tree in resident.items() if jax.tree.leaves(tree)}

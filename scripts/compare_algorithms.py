@@ -34,7 +34,7 @@ from rlhf_jax import build, config, config_file, metrics, offline, parallel, pro
 from rlhf_jax.algorithms import ALGORITHMS, OFFLINE, training
 from rlhf_jax.data.batches import make_preference_data, make_prompt_data
 from rlhf_jax.data.tasks import TASKS, reviews
-from rlhf_jax.types import Frozen, Model, Moments, Preferences, Prompts, Rollout, RunState, TrainState
+from rlhf_jax.types import Frozen, Model, Preferences, Prompts, Rollout, RunState, TrainState
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HELD_OUT = 1024  # answers that measure a policy
@@ -190,10 +190,10 @@ def online(
     greedy = sampling.make_sampler(model, config.Sampling(max_new_tokens=task.length, temperature=0.0), **stop)
     judge = scoring.make_scorer(model, None if critic is None else model, needs=algorithm.needs)
     optimizers = (run.actor_optimizer, getattr(run, "critic_optimizer", run.actor_optimizer))
-    txs = tuple(training.make_optimizer(each, steps * settings.epochs * settings.minibatches) for each in optimizers)
+    actor_tx, critic_tx = (training.make_optimizer(each, steps * settings.epochs * settings.minibatches) for each in optimizers)
     value = None if critic is None else scoring.make_value_apply(model)
-    update = algorithm.make_update(scoring.make_policy_apply(model), value, *txs)
-    frozen, zero = Frozen(reference=start), jnp.float32(0.0)
+    update = algorithm.make_update(scoring.make_policy_apply(model), value, actor_tx, critic_tx)
+    frozen = Frozen(reference=start)
     count = run.batch_size // algorithm.group_size
 
     def step(state: RunState, key: jax.Array) -> tuple[RunState, None]:
@@ -207,18 +207,7 @@ def online(
         return update(state, experience, key, frozen)[0], None
 
     def learn(key: jax.Array) -> Any:
-        state = RunState(
-            step=jnp.int32(0),
-            cursor=jnp.int32(0),
-            actor=programs.init_train_state(txs[0], start),
-            critic=None if critic is None else programs.init_train_state(txs[1], critic),
-            ema=None,
-            kl_coef=jnp.float32(settings.kl_coef),
-            scores=Moments(count=zero, mean=zero, m2=zero),
-            best=zero,
-            bad_steps=jnp.int32(0),
-            alarms=jnp.zeros(programs.ALARMS, jnp.int32),
-        )
+        state = programs.init_run_state(actor_tx, critic_tx, start, critic, settings.kl_coef)
         return jax.lax.scan(step, state, jax.random.split(key, steps))[0].actor.params
 
     return learn

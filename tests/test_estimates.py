@@ -218,7 +218,3 @@ def test_kl_of_best_of_n_is_the_integral_of_its_density():
     assert best_of_n_kl(1) == 0.0
     with pytest.raises(ValueError, match="at least one"):
         best_of_n_kl(0)
-
-
-def test_an_interval_reads_as_a_sentence():
-    assert str(wilson(5, 10)) == "0.500 [0.237, 0.763] (n=10)"

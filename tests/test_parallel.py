@@ -51,8 +51,9 @@ def prepared(shape: tuple[int, int, int], compute_dtype: Any = "float32") -> tup
     part = build.abstract_part(model, spec, mesh, head="lm", trained=True)
     tx = training.make_optimizer(SETTINGS.optimizer, 10)
     abstract = programs.abstract_offline_state(mesh, tx, part.trained)
-    update, _ = programs.offline_functions("sft", SETTINGS, build.offline_algorithm("sft", SETTINGS), part.model, tx)
-    step = parallel.compile_step(update, out=(programs.shardings(abstract), parallel.replicated(mesh)), donate=(0,))
+    algorithm = build.offline_algorithm("sft", SETTINGS)
+    do = programs.offline_programs("sft", SETTINGS, algorithm, part.model, tx, abstract, Frozen())
+    step = do["update"].compile()
     init = parallel.compile_step(
         lambda key: programs.init_offline_state(tx, part.model.init(key, head="lm")), out=programs.shardings(abstract)
     )

@@ -137,9 +137,9 @@ def build(
     reference = settings.kl_coef > 0
     shared = {field.name for field in dataclasses.fields(config.PPO)} & {field.name for field in dataclasses.fields(settings)}
     own: dict[str, Any] = {
-        "kl_in": kl_in if reference else "reward",
+        "kl_in": kl_in if reference else "reward",  # without a reference no KL enters the loss
         "whiten_advantages": "none",
-    }  # without a KL nothing enters the loss
+    }
     trunk = config.PPO(**{name: getattr(settings, name) for name in shared} | own)
     models = {"reference"} if reference else set()
     models |= {"entropy"} if settings.old_logprobs == "recompute" else set()  # else nothing needs the actor's forward pass

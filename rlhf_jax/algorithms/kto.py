@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import config, ops
-from rlhf_jax.algorithms.training import Offline, answer_logprobs, both_sides, require, split_rows
+from rlhf_jax.algorithms.training import Offline, answer_logprobs, both_sides, join_rows, require, split_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Frozen, Labelled, Metrics, Params, Preferences, Sequences
 
@@ -116,7 +116,7 @@ def prepare(apply: Apply, params: Params, frozen: Frozen, batch: Preferences | L
     prompt = jnp.arange(usable.shape[0]) % prompts
     parts = split_rows(mismatched(batch.sequences), micro_batches)
     log_ratio = jax.lax.map(lambda part: answer_log_ratio(apply, jax.lax.stop_gradient(params), frozen, part), parts)
-    z = reference_point(log_ratio.T.reshape(-1), usable & (prompt[partners(usable)] != prompt))  # .T: parts are interleaved
+    z = reference_point(join_rows(log_ratio), usable & (prompt[partners(usable)] != prompt))
     return batch.replace(reference_point=jnp.full(batch.desirable.shape, z))
 
 

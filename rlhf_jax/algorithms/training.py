@@ -157,6 +157,11 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def join_rows(parts: Any) -> Any:
+    """[parts, B // parts, ...] -> [B, ...]: back in the order that `split_rows` found."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def accumulate(
     loss_fn: Loss, params: Params, batch: Any, micro_batches: int, layout: packed.Layout | None = None
 ) -> tuple[jax.Array, Metrics, Params]:
@@ -186,7 +191,7 @@ def accumulate(
     start = (jnp.zeros(()), scalars, zeros)
     if layout is None:
         (loss, metrics, grads), rows = jax.lax.scan(add, start, parts)
-        rows = {key: value.swapaxes(0, 1).reshape(-1, *value.shape[2:]) for key, value in rows.items()}
+        rows = join_rows(rows)
     else:
 
         def more(number: jax.Array, carry: tuple[Any, Metrics]) -> tuple[Any, Metrics]:
@@ -222,9 +227,9 @@ def apply_gradients(
 
 
 def _fetched(opt_state: Any, grads: Params) -> tuple[Any, Params]:
-    """An optimiser state that waits in the host's memory (model.offload), on the device; not before the gradients are there.
+    """Bring an optimiser state that waits in the host's memory (model.offload) to the device, once the gradients are there.
 
-    So the moments of one model are there for one step, and not those of all for the whole program.
+    So the device holds the moments of one model during its step, not those of all during the whole program.
     """
     waits = jax.tree.map(lambda x: jax.typeof(x).memory_space == jax.memory.Space.Host, opt_state)
     if not any(jax.tree.leaves(waits)):
@@ -250,16 +255,15 @@ def make_offline_update(
     micro_batches: int = 1,
     *,
     prepare: Callable[[Params, Any, Any, int], Any] = lambda params, frozen, batch, micro_batches: batch,
-    constrain: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """(state, batch, frozen) -> (state, metrics): one guarded optimiser step on a batch.
 
     `loss(params, frozen, batch, denominators)`: an `Offline.loss` with its `apply` bound (functools.partial), and so is
-    `prepare(params, frozen, batch, micro_batches)`. `constrain` may put sharding constraints on the batch.
+    `prepare(params, frozen, batch, micro_batches)`.
     """
 
     def update(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        batch = prepare(state.params, frozen, constrain(batch), micro_batches)
+        batch = prepare(state.params, frozen, batch, micro_batches)
         counts = denominators(batch)
         value, metrics, grads = accumulate(lambda p, part: loss(p, frozen, part, counts), state.params, batch, micro_batches)
         state, step = apply_gradients(tx, state, grads, jnp.isfinite(value))

@@ -167,7 +167,8 @@ def make_update(
         state = state.replace(
             actor=actor,
             critic=critic,
-            kl_coef=jnp.where(wanted, losses.adapt(state.kl_coef, experience), state.kl_coef),  # an actor held still says nothing
+            # While only the critic trains, the actor's KL tells nothing about the coefficient.
+            kl_coef=jnp.where(wanted, losses.adapt(state.kl_coef, experience), state.kl_coef),
             ema=state.ema if passes.ema_decay is None else _ema(state.ema, actor.params, passes.ema_decay),
             scores=state.scores if experience.scores is None else update_moments(state.scores, experience.scores),
             bad_steps=jnp.where(metrics["update/skipped"] > 0, state.bad_steps + 1, 0),

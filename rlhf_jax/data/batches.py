@@ -1,7 +1,7 @@
-"""Batches of the three stages: numpy inside the records of `types.py`, each a pure function of (data, seed, step).
+"""Batches of every stage: numpy inside the records of `types.py`, each a pure function of (data, seed, step).
 
-Shapes are static: T = max_tokens and P = max_prompt_tokens, or the longest example rounded up to 8 where that is less. With
-`rows` a host makes only its slice of the global batch.
+Shapes are static: T = max_tokens and P = max_prompt_tokens, or the longest example rounded up to 8 where that is less.
+Every process makes the whole batch, and its devices take their rows of it.
 """
 
 import hashlib
@@ -89,14 +89,14 @@ class SFTData:
     packs: tuple[list[np.ndarray], ...] | None  # per table: examples (positions in table.train) of every packed row
     padded_fraction: float  # of training rows
 
-    def batch(self, step: int, *, rows: slice | None = None) -> types.Sequences:
+    def batch(self, step: int) -> types.Sequences:
         """The training batch of a step."""
         if self.packs is None:
             chosen = [[index] for index in self.tables.train_index(step)]
         else:
             drawn = self.tables.train(step, tuple(map(len, self.packs)))
             chosen = [self.tables.first[t] + self.tables.tables[t].train[self.packs[t][unit]] for t, unit in drawn]
-        return self._rows(chosen[rows or slice(None)])
+        return self._rows(chosen)
 
     def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Sequences, np.ndarray]]:
         """Evaluation batches (of at most `most` rows), and valid bool[B]: False on the rows that only fill the last one."""
@@ -139,9 +139,9 @@ class PreferenceData:
     length: int  # T
     has_margin: bool
 
-    def batch(self, step: int, *, rows: slice | None = None) -> types.Preferences:
+    def batch(self, step: int) -> types.Preferences:
         """The training batch of a step."""
-        return self._pairs(self.tables.train_index(step)[rows or slice(None)])
+        return self._pairs(self.tables.train_index(step))
 
     def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Preferences, np.ndarray]]:
         """Evaluation batches (of at most `most` pairs), and valid bool[B]: False on the rows that only fill the last one."""
@@ -180,9 +180,9 @@ class LabelledData:
     def tables(self) -> Tables:
         return self.answers.tables
 
-    def batch(self, step: int, *, rows: slice | None = None) -> types.Labelled:
+    def batch(self, step: int) -> types.Labelled:
         """The training batch of a step."""
-        return self._labelled(self.tables.train_index(step)[rows or slice(None)])
+        return self._labelled(self.tables.train_index(step))
 
     def eval_batches(self, most: int | None = None) -> Iterator[tuple[types.Labelled, np.ndarray]]:
         """Evaluation batches (of at most `most` rows), and valid bool[B]: False on the rows that only fill the last one."""
@@ -211,14 +211,14 @@ class PromptData:
     length: int  # P, of the widest bucket
     buckets: tuple[buckets.Bucket, ...]
 
-    def batch(self, step: int, *, rows: slice | None = None) -> types.Prompts:
+    def batch(self, step: int) -> types.Prompts:
         """The prompts of a step, all of one of the widths."""
         tables = self.tables
         if len(self.buckets) == 1:
-            return self.prompts(tables.train_index(step)[rows or slice(None)])
+            return self.prompts(tables.train_index(step))
         number, drawn = buckets.draw(self.buckets, tables.seed, step, tables.batch_size)
         index = np.asarray([tables.first[table] + tables.tables[table].train[row] for table, row in drawn], np.int64)
-        return self.prompts(index[rows or slice(None)], self.buckets[number].width)
+        return self.prompts(index, self.buckets[number].width)
 
     @property
     def padded_fraction(self) -> float:

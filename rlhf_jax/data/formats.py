@@ -1,4 +1,4 @@
-"""From the column names people have to the three kinds of rows that are trained on.
+"""From the column names people have to the four kinds of rows: fine-tuning, prompts, pairs, labelled answers.
 
 A string is used as it stands; a list of messages goes through the tokenizer's chat template.
 

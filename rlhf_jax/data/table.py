@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.config import OFFLINE, Data
+from rlhf_jax.data import order
 from rlhf_jax.data.encode import TokenSequence, encode
 from rlhf_jax.data.formats import Purpose, Row, detect, normalise, prepare, render_plain
 from rlhf_jax.data.sources import BadRow, Source, memory_source, open_source
@@ -245,9 +246,7 @@ def _split(keys: np.ndarray, numbers: np.ndarray, fraction: float) -> tuple[np.n
     if not 0.0 <= fraction < 1.0:
         raise UserError(f"data.eval_fraction = {fraction}: must be at least 0 and below 1")
     if np.unique(keys).size < _FEW_PROMPTS:
-        from rlhf_jax.data.order import mix
-
-        keys = mix(numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        keys = order.mix(numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     held = keys.astype(np.float64) < fraction * 2.0**64
     if fraction > 0 and len(keys) > 1:
         if not held.any():

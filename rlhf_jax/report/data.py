@@ -11,9 +11,9 @@ from rlhf_jax.metrics import METRICS, SAMPLES, SUMMARY, read_rows, read_summary
 from rlhf_jax.report.scales import Point
 
 CONFIG = "config.resolved.yaml"
-ORDER = ("sft", "reward", "reward_model", "ppo")
-BEFORE = ("sft", "reward", "reward_model")  # stages that lead to a policy; every other stage trains one
-NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "reward_model": "Reward model"}
+ORDER = ("sft", "reward", "ppo")
+BEFORE = ("sft", "reward")  # stages that lead to a policy; every other stage trains one
+NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model"}
 
 
 class StageRun(NamedTuple):

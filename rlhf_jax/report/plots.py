@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: text in, text out. Colours are classes of report.css, so that one drawing serves light and dark.
+"""Small charts as inline SVG: text in, text out. Colours are classes of style.css, so that one drawing serves light and dark.
 
 A line is told apart three times over: by colour (`tone`), by dashes and marker (`mark`), and by the label at its end.
 """
@@ -96,14 +96,13 @@ def line_chart(
     return svg("".join(parts), ident=ident, title=title, width=width, height=height)
 
 
-def reliability_chart(
-    bins: Sequence[tuple[float, float, float, float, float]], *, ident: str, title: str, width: int = 340, height: int = 330
-) -> str:
+def reliability_chart(bins: Sequence[tuple[float, float, float, float, float]], *, ident: str, title: str) -> str:
     """Reliability diagram: predicted probability against observed frequency.
 
     Args:
       bins: (predicted, observed, count, low, high) a bin, low and high the ends of the interval of the observed frequency.
     """
+    width, height = 340, 330
     frame = Frame(36, 28, width - 14, height - 38, 0, 1, 0, 1)
     largest = max((count for _, _, count, _, _ in bins), default=1)
     corner = f"M{frame.x(0):.1f} {frame.y(0):.1f}L{frame.x(1):.1f} {frame.y(1):.1f}"

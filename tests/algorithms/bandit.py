@@ -13,7 +13,7 @@ import optax
 
 from rlhf_jax import config, functional, testing
 from rlhf_jax.algorithms.training import Algorithm
-from rlhf_jax.types import Frozen, Moments, Preferences, Prompts, Rollout, RunState, Sequences, TrainState
+from rlhf_jax.types import Frozen, Preferences, Prompts, Rollout, RunState, Sequences
 
 VOCAB, EOS, PAD, R = 8, 6, 7, 3
 MODEL = testing.markov_model(VOCAB)
@@ -32,25 +32,6 @@ def score(rollout: Rollout) -> jax.Array:
     first, second = rollout.tokens[:, -R], rollout.tokens[:, -R + 1]
     right = first == rollout.tokens[:, 0] + 3
     return 0.7 * right + 0.6 * (right & (second == EOS))
-
-
-def run_state(params, actor_tx, critic=None, critic_tx=None, kl_coef=0.0) -> RunState:
-    def trained(tree, tx):
-        return None if tree is None else TrainState(step=jnp.int32(0), params=tree, opt_state=tx.init(tree))
-
-    zero = jnp.float32(0.0)
-    return RunState(
-        step=jnp.int32(0),
-        cursor=jnp.int32(0),
-        actor=trained(params, actor_tx),
-        critic=trained(critic, critic_tx),
-        ema=None,
-        kl_coef=jnp.float32(kl_coef),
-        scores=Moments(count=zero, mean=zero, m2=zero),
-        best=zero,
-        bad_steps=jnp.int32(0),
-        alarms=jnp.zeros(1, jnp.int32),
-    )
 
 
 def online(algorithm: Algorithm, *, steps: int = 80, answers: int = 48, learning_rate: float = 0.15, kl_coef: float = 0.0):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bandit import run_state
 
 from rlhf_jax import ops
 from rlhf_jax.algorithms.training import Algorithm
+from rlhf_jax.programs import init_run_state
 from rlhf_jax.types import Experience, Frozen, Metrics, Rollout, RunState, Scored, Sequences
 
 
@@ -65,7 +65,7 @@ def _update(algorithms: tuple[Algorithm, ...], logprobs: jax.Array, old: Experie
     rows = jnp.arange(old.tokens.shape[0], dtype=jnp.int32)
     old = old.replace(tokens=old.tokens.at[:, 0].set(rows))  # the row's number, so that a part of the batch finds its parameters
     keeps = optax.GradientTransformation(lambda p: p, lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads))
-    state = run_state({"logprobs": logprobs}, keeps, kl_coef=kl_coef)
+    state = init_run_state(keeps, None, {"logprobs": logprobs}, None, kl_coef)
     updates = [algorithm.make_update(policy_apply, None, keeps, None) for algorithm in algorithms]
     return [update(state, old, jax.random.key(0), Frozen()) for update in updates]
 

@@ -13,7 +13,7 @@ import oracles
 import pytest
 import synthetic_answers
 
-from rlhf_jax import config, offline, ops, programs, scoring, testing
+from rlhf_jax import config, offline, ops, parallel, programs, scoring, testing
 from rlhf_jax.algorithms import kto, training
 from rlhf_jax.types import Frozen, Preferences, Sequences, TrainState
 
@@ -174,7 +174,10 @@ def test_evaluation_weights_every_metric_by_the_answers_that_it_counts():
     whole = kto.labelled(testing.random_preferences(3, 4, 6, bandit.VOCAB))
     whole = whole.replace(desirable=jnp.arange(8) == 1)  # the second batch has none
     run = SimpleNamespace(model=config.Model(), micro_batches=1)
-    functions = programs.offline_functions("kto", run, kto.build(config.KTO()), bandit.MODEL, optax.sgd(1.0))
+    mesh, tx = parallel.make_mesh(config.Mesh(), jax.devices()[:1]), optax.sgd(1.0)
+    shapes = jax.tree.map(lambda x: programs.abstract(x.shape, x.dtype, parallel.replicated(mesh)), params)
+    state = programs.abstract_offline_state(mesh, tx, shapes)
+    do = programs.offline_programs("kto", run, kto.build(config.KTO()), bandit.MODEL, tx, state, Frozen())
     rows = []
 
     def part(first, size):
@@ -187,14 +190,14 @@ def test_evaluation_weights_every_metric_by_the_answers_that_it_counts():
         setup = SimpleNamespace(
             plan=SimpleNamespace(data=SimpleNamespace(eval_batches=functools.partial(batches, size))),
             settings=SimpleNamespace(log=config.Log(eval_rows=most)),
-            evaluate=jax.jit(functions[1]),
+            evaluate=do["evaluate"].compile(),
             frozen=Frozen(reference=other),
             place=lambda batch: batch,
             scalar=jnp.float32,
         )
         recorder = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), log=lambda step, found: rows.append(found))
         session = SimpleNamespace(recorder=recorder, watchdog=SimpleNamespace(pause=lambda: None))
-        offline.evaluate(setup, programs.init_offline_state(optax.sgd(1.0), params), session, 0)
+        offline.evaluate(setup, programs.init_offline_state(tx, params), session, 0)
         return rows[-1]
 
     one, several = evaluated(8, None), evaluated(4, None)

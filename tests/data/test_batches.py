@@ -155,15 +155,6 @@ def test_a_batch_depends_on_seed_and_step_alone(bpe: Tokenizer):
     assert not (one.batch(11).tokens == different.batch(11).tokens).all()
 
 
-def test_hosts_make_their_slice_of_the_same_batch(bpe: Tokenizer):
-    data = make_preference_data(DATA, bpe, seed=0, batch_size=8, rows=_pairs())
-    whole = data.batch(4)
-    parts = [data.batch(4, rows=slice(at, at + 2)) for at in range(0, 8, 2)]
-    assert (np.concatenate([part.chosen.tokens for part in parts]) == whole.chosen.tokens).all()
-    prompts = make_prompt_data(DATA, bpe, seed=0, batch_size=8, rows=_pairs())
-    assert (prompts.batch(1, rows=slice(4, 8)).index == prompts.batch(1).index[4:]).all()
-
-
 def test_without_the_cache_rows_are_read_again_and_nothing_changes(
     bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
