@@ -126,7 +126,7 @@ def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range | None]]
         value, name = getattr(config, field.name), prefix + field.name
         rule = range_of(type(config), field.name)
         if rule is not None and value is not None and not rule.holds(value):
-            yield name, f"{name} is {value:g}; it must be {rule.words()}", rule
+            yield name, f"{name} is {value:{'d' if isinstance(value, int) else 'g'}}; it must be {rule.words()}", rule
         if isinstance(value, str) and (not value or _NAMELESS.search(value)):
             yield name, f"{name} is {json.dumps(value)}, which is no name; write one, or leave the key out", None
         if dataclasses.is_dataclass(value):

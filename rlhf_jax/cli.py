@@ -82,7 +82,7 @@ def quickstart(
     demo: Annotated[
         Demo | None, typer.Option(help="overoptimization: PPO without a KL penalty, hacked, beside PPO with one.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
+    seed: cli_models.Seed = 0,
 ) -> None:
     """All three stages on an embedded task, with a report.
 
@@ -170,11 +170,11 @@ def fit(
 def generate(
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Directory in Hugging Face layout.")],
     prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line, or data in any form of docs/data.md.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")] = 1.0,
+    max_new_tokens: cli_models.NewTokens = 64,
+    temperature: cli_models.Temperature = 1.0,
+    top_p: cli_models.TopP = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at one time.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Root of every random key.")] = 0,
+    seed: cli_models.Seed = 0,
     chat: cli_models.ChatOption = False,
     columns: cli_models.Columns = None,
     limit: cli_models.Limit = None,

@@ -33,7 +33,7 @@ MaxLength = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")]
-Seed = Annotated[int, typer.Option(min=0, help="Root of every random key.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Root of every random key.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Prompts as a user's messages: for a model trained with data.chat.")]
 Columns = Annotated[
     list[str] | None, typer.Option(metavar="OURS=THEIRS", help="Rename a column, as data.columns does; repeatable.")

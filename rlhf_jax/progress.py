@@ -85,12 +85,14 @@ class ProgressLine:
         self._durations: deque[float] = deque(maxlen=20)
         self._said, self._said_at, self._lock = "", float("-inf"), threading.Lock()
         self._closed = threading.Event()
-        self._live = None
+        self._live = console = None
         if self._stream.isatty() if terminal is None else terminal:
             from rich.console import Console
-            from rich.live import Live
 
             console = Console(file=self._stream, force_terminal=True if terminal else None, emoji=False)
+        if console is not None and console.is_interactive:  # TERM=dumb is not
+            from rich.live import Live
+
             self._live = Live(get_renderable=self._renderable, console=console, refresh_per_second=4, transient=True)
             self._live.start()
         else:

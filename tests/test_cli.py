@@ -132,6 +132,15 @@ def test_quickstart_passes_its_options(run, monkeypatch):
     assert run("quickstart", "--task", "reviewz")[0] == 2
 
 
+@pytest.mark.parametrize("command", ["quickstart", "generate", "chat", "evaluate"])
+def test_a_seed_is_one_that_keys_are_made_of(run, command):
+    """Beyond 32 bits other seeds would give equal answers, beyond 64 a traceback."""
+    words = {"quickstart": [], "chat": ["m"]}.get(command, ["m", "--prompts", "p.txt"])
+    status, _, message = run(command, *words, "--seed", 2**31)
+    assert status == 2
+    assert re.search(r"--seed.*2147483647", message)
+
+
 def test_mistake_while_running_is_one_message_and_status_2(run, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise UserError("data.jsonl:7: no column prompt")

@@ -245,7 +245,7 @@ def test_size_depth_and_aliases_are_bounded(text, message):
             ["batch_size=12", "ppo.minibatches=2", "ppo.micro_batches=2", "mesh.data=2", "mesh.fsdp=4"],
             "2 minibatches x 2 micro-batches x 8 devices (mesh.data x mesh.fsdp) = 32 (12 / 32 = 0.375); nearest: 32",
         ),
-        (["batch_size=900000000000000000"], "batch_size is 9e+17; it must be at least 1 and at most 2147483647"),
+        (["batch_size=900000000000000000"], "batch_size is 900000000000000000; it must be at least 1 and at most 2147483647"),
         (["batch_size=1000000007", "score_parts=2"], "score_parts is 2; it must divide batch_size; these do: 1, 1000000007"),
         (["reference=''"], 'override "reference=\'\'": reference is "", which is no name; write one, or leave the key out'),
         (["model.tokenizer=''"], 'model.tokenizer is "", which is no name'),

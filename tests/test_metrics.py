@@ -461,6 +461,15 @@ def test_a_terminal_gets_one_line_that_is_redrawn():
     assert drawn.rstrip().endswith("ppo  finished")
 
 
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    line = ProgressLine("ppo", 30, stream=stream)
+    line.close("finished")
+    assert stream.getvalue() == "ppo  starting\nppo  finished\n"
+
+
 class Gone(io.StringIO):
     """A terminal whose connection is lost; `tee` that has ended raises BrokenPipeError."""
 
