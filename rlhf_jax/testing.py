@@ -104,9 +104,9 @@ def history_scores(params: Params, tokens: Any, mask: Any, *, decay: float = 0.0
 def check_model(model: Model, params: Params | None = None, *, tolerance: float = 1e-4) -> None:
     """Raise ValueError where a model breaks what sampling and scoring rely on; seconds for a small one.
 
-    Logits and scores of a token may depend on the tokens before it alone: neither on the width of the padding, nor on what stands
-    in it, nor on later tokens; and reading token by token (`prefill`, `decode`) must give what reading at once (`hidden`) gives,
-    and so must asking for the last tokens alone (`last`).
+    Logits and scores are float32, whatever the model computes in. Those of a token may depend on the tokens before it alone:
+    neither on the width of the padding, nor on what stands in it, nor on later tokens; and reading token by token (`prefill`,
+    `decode`) must give what reading at once (`hidden`) gives, and so must asking for the last tokens alone (`last`).
 
     Args: params, default `model.init`; tolerance, largest difference of a logit or score, relative to 1 + its size.
     """
@@ -119,6 +119,9 @@ def check_model(model: Model, params: Params | None = None, *, tolerance: float 
     read = parallel.compile_step(lambda params, tokens, mask: model.hidden(params, tokens, mask))
     tail = parallel.compile_step(lambda params, tokens, mask: model.hidden(params, tokens, mask, last=responses + 1))
     known = heads(params, read(params, rollout.tokens, rollout.mask))
+    for name, found in zip(("logits", "scores"), known, strict=True):
+        if found.dtype != jnp.float32:
+            raise ValueError(f"{name} are {found.dtype}; they must be float32: end the function with .astype(jnp.float32)")
 
     def compare(what: str, found: jax.Array, at: np.ndarray) -> None:
         for name, a, b in zip(("logits", "scores"), map(np.asarray, heads(params, found)), map(np.asarray, known), strict=True):

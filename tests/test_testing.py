@@ -98,6 +98,7 @@ def test_check_model_passes_what_keeps_the_promises():
         ({"hidden": lambda x, mask: jnp.where(mask[..., None], x, 0).sum(1, keepdims=True) + x}, "a later token"),
         ({"decode": 1.0}, "reading token by token"),
         ({"hidden": lambda x, mask: x * jnp.nan}, "logits by nan"),
+        ({"dtype": jnp.bfloat16}, "logits are bfloat16; they must be float32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -106,14 +107,14 @@ def test_check_model_names_what_is_broken(break_it, named):
         testing.check_model(_one_function(**break_it))
 
 
-def _one_function(hidden=None, decode=0.0):
+def _one_function(hidden=None, decode=0.0, dtype=jnp.float32):
     """`models.without_cache` of a masked running sum of embeddings, or of something wrong."""
     good = lambda x, mask: jnp.cumsum(jnp.where(mask[..., None], x, 0.0), 1)  # noqa: E731
     model = models.without_cache(
         lambda params, tokens, mask: (hidden or good)(params[tokens], mask),
         vocab_size=V,
         init=lambda key, *, head="lm": jax.random.normal(key, (V, V)),
-        logits=lambda params, states: states @ params,
+        logits=lambda params, states: (states @ params).astype(dtype),
         score=lambda params, states: states.sum(-1),
     )
     return dataclasses.replace(model, decode=lambda *args: (lambda h, c: (h + decode, c))(*model.decode(*args)))
