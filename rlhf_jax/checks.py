@@ -290,8 +290,9 @@ def _lengths(config: c.Run) -> Iterator[Problem]:
 
 def _online(config: c.OnlineRun) -> Iterator[Problem]:
     sampling, (name, group) = config.sampling, algorithm(config)
-    if sampling.temperature == 0:
-        text = f"sampling.temperature is 0; {name} needs samples, so it must be above 0 (1 is the usual value)"
+    if 0 <= sampling.temperature < c.COLDEST:
+        rule = f"at least {c.COLDEST:g} (1 is the usual value)"
+        text = f"sampling.temperature is {sampling.temperature:g}; {name} needs samples, so it must be {rule}"
         yield Problem("sampling.temperature", text)
     for key in ("min_new_tokens", "overlong_buffer"):
         where, value = (name, group) if key == "overlong_buffer" else ("sampling", sampling)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlhf_jax import config
 from rlhf_jax.errors import UserError
 
 
@@ -31,7 +32,15 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens."
 MaxLength = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Prompt and answer together; default: what config.json says.")
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+
+
+def _not_too_cold(temperature: float) -> float:
+    if 0 < temperature < config.COLDEST:
+        raise UserError(f"--temperature {temperature:g}: must be 0 (the likeliest token) or at least {config.COLDEST:g}")
+    return temperature
+
+
+Temperature = Annotated[float, typer.Option(min=0.0, callback=_not_too_cold, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample in the smallest set with this probability.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Root of every random key.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Prompts as a user's messages: for a model trained with data.chat.")]

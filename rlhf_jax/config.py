@@ -87,6 +87,9 @@ class Optimizer:
     clip_norm: float = key(1.0, "global gradient norm above which the gradient is scaled down")
 
 
+COLDEST = 1e-4  # least temperature above 0: float32 logits divided by less are rounded by whole nats, and overflow
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     max_new_tokens: int = key(64, "length R of the response", "tokens")

@@ -9,9 +9,10 @@
 Models are held one after the other (the model with its reference), so that several need no more memory than two.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ def evaluate(
     Raises `UserError` for settings that need what is not given, and wherever a file or a directory cannot be used.
     """
     check(settings)
+    if out is not None:
+        try_place(out)
     questions = read_questions(prompts, config.Data(columns=settings.columns, chat=settings.chat, limit=settings.limit))
     for path in filter(None, (str(model), settings.against)):  # those that every model can answer
         tokenizer, longest = load_tokenizer(path), models.read_spec(path).max_length
@@ -307,6 +310,24 @@ def to_json(found: list[Figure], model: Path, settings: Settings) -> str:
     return without_secrets(json.dumps(page, ensure_ascii=False, indent=1))
 
 
+def try_place(out: Path) -> None:
+    """Raise `UserError` where no file can be written, before there is anything to lose. What is there stays."""
+    with told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not out.exists()
+        out.open("ab").close()
+        if fresh:
+            out.unlink()
+
+
+@contextlib.contextmanager
+def told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); free disk space, or name another place") from error
+
+
 def write_answers(out: Path, questions: Sequence[Question], answers: Answers, scores: dict[str, Array]) -> None:
     """Every answer as a JSON line {"prompt", "response", "finished", "sample", "rewards"}."""
     lines = []
@@ -315,8 +336,5 @@ def write_answers(out: Path, questions: Sequence[Question], answers: Answers, sc
             row = {"prompt": question.prompt, "response": text, "finished": bool(answers.finished[place][number])}
             rewards = {without_secrets(name): float(values[place][number]) for name, values in scores.items()}
             lines.append(json.dumps(row | {"sample": number, "rewards": rewards}, ensure_ascii=False) + "\n")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with told(out):
         out.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); free disk space, or name another place") from error

@@ -275,7 +275,7 @@ def check(model: Model, sampling: config.Sampling, stop_ids: tuple[int, ...], pa
     rules = (
         ("max_new_tokens", s.max_new_tokens, s.max_new_tokens >= 1, "at least 1"),
         ("min_new_tokens", s.min_new_tokens, 0 <= s.min_new_tokens <= s.max_new_tokens, "between 0 and max_new_tokens"),
-        ("temperature", s.temperature, s.temperature >= 0, "0 (greedy) or more"),
+        ("temperature", t := s.temperature, t == 0 or t >= config.COLDEST, f"0 (greedy) or at least {config.COLDEST:g}"),
         ("top_k", s.top_k, s.top_k >= 0, "0 (all tokens) or more"),
         ("top_p", s.top_p, 0 <= s.top_p <= 1, "between 0 and 1 (all tokens)"),
         ("min_p", s.min_p, 0 <= s.min_p <= 1, "between 0 (all tokens) and 1"),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import ops
+from rlhf_jax import config, ops
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import Calibration, Experience, Frozen, Model, Params, Rollout, Scored, Sequences, join
 
@@ -270,8 +270,8 @@ def at_last_token(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 def check_temperature(temperature: float) -> None:
     """Raise UserError where scoring could not divide by it."""
-    if temperature <= 0:
+    if temperature < config.COLDEST:
         raise UserError(
-            f"sampling.temperature is {temperature}; a policy is trained at the temperature it samples at, which must be above 0 "
-            "(0, greedy, is for evaluation)"
+            f"sampling.temperature is {temperature}; a policy is trained at the temperature it samples at, which must be at "
+            f"least {config.COLDEST:g} (0, greedy, is for evaluation)"
         )

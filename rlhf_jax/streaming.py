@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rlhf_jax import parallel, sampling, warp
+from rlhf_jax import config, parallel, sampling, warp
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generator, left_padded
 from rlhf_jax.types import Model, Params, Prompts
@@ -278,7 +278,7 @@ def check(ask: Ask, room: int, vocab_size: int) -> None:
     wrong = [number for number in ask.ids if not 0 <= number < vocab_size][:1]
     rules = (
         ("max_tokens", ask.max_tokens, 1 <= ask.max_tokens <= room, f"between 1 and {room}, what the prompt leaves of the model"),
-        ("temperature", ask.temperature, ask.temperature >= 0, "0 (greedy) or more"),
+        ("temperature", t := ask.temperature, t == 0 or t >= config.COLDEST, f"0 (greedy) or at least {config.COLDEST:g}"),
         ("top_p", ask.top_p, 0 <= ask.top_p <= 1, "between 0 and 1 (all tokens)"),
         ("n", ask.samples, 1 <= ask.samples <= SAMPLES, f"between 1 and {SAMPLES}"),
         ("stop", ask.stop, all(ask.stop), "strings of at least one character"),

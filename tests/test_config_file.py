@@ -256,7 +256,8 @@ def test_size_depth_and_aliases_are_bounded(text, message):
         (["batch_size=0"], "override 'batch_size=0': batch_size is 0; it must be at least 1"),
         (["ppo.gamma=1.5"], "override 'ppo.gamma=1.5': ppo.gamma is 1.5; it must be at least 0 and at most 1"),
         (["sampling.top_p=0"], "sampling.top_p is 0; it must be above 0 and at most 1"),
-        (["sampling.temperature=0"], "sampling.temperature is 0; ppo needs samples, so it must be above 0"),
+        (["sampling.temperature=0"], "sampling.temperature is 0; ppo needs samples, so it must be at least 0.0001"),
+        (["sampling.temperature=1e-10"], "sampling.temperature is 1e-10; ppo needs samples, so it must be at least 0.0001"),
         (["sampling.rows=128"], "sampling.rows is 128; it must be at most batch_size = 64; nearest: 64"),
         (
             ["sampling.rows=4", "mesh.data=2", "mesh.fsdp=4"],

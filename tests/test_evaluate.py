@@ -285,6 +285,7 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
         (["--reference", "RM"], "RM: is a reward model or a critic; name a language model"),
         (["--reference", "nowhere"], "nowhere: no such directory"),
         (["--reference", "LM", "--temperature", "0"], "--reference needs --temperature above 0"),
+        (["--temperature", "1e-10"], "--temperature 1e-10: must be 0 (the likeliest token) or at least 0.0001"),
         (["--against", "LM"], "--against needs --reward"),
         (["--pass-at", "2", "--reward", "length"], "--pass-at 2 needs at least as many answers to each prompt; give --samples 2"),
         (["--pass-at", "two"], "--pass-at two: must be whole numbers"),
@@ -306,6 +307,22 @@ def test_mistakes_are_one_message(run, files, options, message):
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_place_for_the_answers_is_tried_before_there_are_any(files, monkeypatch):
+    def answer(*args, **kwargs):
+        raise RuntimeError("answered")
+
+    monkeypatch.setattr(evaluate, "answer", answer)
+    arguments = (directories.language_model(), files / "prompts.jsonl", SETTINGS)
+    with pytest.raises(UserError, match="prompts.jsonl/answers.jsonl: cannot be written .*name another place"):
+        evaluate.evaluate(*arguments, out=files / "prompts.jsonl" / "answers.jsonl")
+    (files / "earlier.jsonl").write_text("{}\n")
+    for name, left in (("earlier.jsonl", True), ("later.jsonl", False)):
+        with pytest.raises(RuntimeError, match="answered"):
+            evaluate.evaluate(*arguments, out=files / name)
+        assert (files / name).exists() == left
+    assert (files / "earlier.jsonl").read_text() == "{}\n"
 
 
 def test_the_command_asks_as_a_run_with_data_chat_and_columns(run, files):

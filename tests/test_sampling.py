@@ -285,6 +285,7 @@ def test_one_program_for_each_shape():
         ({"max_new_tokens": 0}, "sampling.max_new_tokens is 0"),
         ({"min_new_tokens": 65}, "sampling.min_new_tokens is 65"),
         ({"temperature": -1.0}, "sampling.temperature is -1.0"),
+        ({"temperature": 1e-10}, r"sampling.temperature is 1e-10; it must be 0 \(greedy\) or at least 0.0001"),
         ({"top_k": -1}, "sampling.top_k is -1"),
         ({"top_p": 1.5}, "sampling.top_p is 1.5"),
         ({"min_p": -0.1}, "sampling.min_p is -0.1"),

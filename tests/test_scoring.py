@@ -206,7 +206,8 @@ def test_sampled_logprobs_equal_scored_ones_on_the_real_decoder():
 
 
 def test_greedy_answers_have_no_logprob_and_a_missing_critic_is_named():
-    with pytest.raises(UserError, match=r"sampling.temperature is 0"):
-        scoring.make_policy_apply(MODEL, temperature=0.0)
+    for temperature in (0.0, 1e-10):
+        with pytest.raises(UserError, match=f"sampling.temperature is {temperature}; .* must be at least 0.0001"):
+            scoring.make_policy_apply(MODEL, temperature=temperature)
     with pytest.raises(UserError, match="critic"):
         scoring.make_scorer(MODEL, needs={"critic"})

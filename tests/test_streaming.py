@@ -108,6 +108,7 @@ def test_two_devices_share_a_model(streamer, prompt):
         ({"ids": [5] * 100, "max_tokens": 29}, "max_tokens is 29; it must be between 1 and 28"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 1e-10}, "temperature is 1e-10; it must be 0 (greedy) or at least 0.0001"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"samples": 17}, "n is 17; it must be between 1 and 16"),
