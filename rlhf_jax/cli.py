@@ -295,7 +295,10 @@ def _load(path: Path, overrides: list[str] | None, stage: str) -> Any:
 def _stage_of(path: Path) -> str:
     from rlhf_jax import config_file
 
-    return config_file.stage_of(path)
+    stage, *others = config_file.stages_of(path)
+    if others:
+        cli_models.tell(f"{path}: taken for a run of {stage}; {', '.join(others)} have all its keys, too: say which with --stage")
+    return stage
 
 
 def main() -> None:

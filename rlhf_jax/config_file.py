@@ -40,12 +40,17 @@ def loads(text: str, overrides: Sequence[str], cls: type[T], *, name: str = "tex
     return build(strict_yaml.parse(text, lambda line: f"{name}:{line}"), overrides, cls)
 
 
-def stage_of(path: str | Path) -> str:
-    """The stage that a run file is for: the one that knows most of its top keys; on a tie, the earliest in `STAGES`."""
+def stages_of(path: str | Path) -> list[str]:
+    """The stages that a run file may be for: those that know most of its top keys, in the order of `STAGES`."""
     root = strict_yaml.read(path)
     keys = root.value if isinstance(root.value, dict) else {}
     counts = {stage: sum(field.name in keys for field in dataclasses.fields(cls)) for stage, cls in STAGES.items()}
-    return max(counts, key=lambda stage: counts[stage])
+    return [stage for stage, count in counts.items() if count == max(counts.values())]
+
+
+def stage_of(path: str | Path) -> str:
+    """The stage that a run file is taken for where nobody says which: the first of `stages_of`."""
+    return stages_of(path)[0]
 
 
 def build(root: Node, overrides: Sequence[str], cls: type[T]) -> T:

@@ -206,8 +206,9 @@ def test_fit_says_by_its_status_whether_it_fits(run, monkeypatch, tmp_path):
     fake(monkeypatch, "fit_table", to_text=lambda v: "table", to_json=lambda v: "{}")
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
-    assert run("fit", path, "--topology", "v5e-8") == (1, "table\n", "")
+    assert run("fit", path, "--topology", "v5e-8", "--stage", "sft") == (1, "table\n", "")
     verdict.fits = True
+    path.write_text(RUN + "reward_model: {}\n")
     assert run("fit", path, "--topology", "v5e-8", "--json") == (0, "{}\n", "")
     assert run("fit", path, "--topology", "abacus")[0] == 2
 
@@ -219,7 +220,12 @@ def test_models_data_and_report(run, monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"model: {{scratch: {{vocabulary: 300}}}}\ndata: {{path: {tmp_path}/rows.jsonl}}\nbatch_size: 4\n"
     )
-    assert "40 rows" in run("data", tmp_path / "run.yaml")[1]
+    _, told, aside = run("data", tmp_path / "run.yaml")
+    assert "40 rows" in told
+    assert re.fullmatch(
+        r"rlhf-jax: .*run\.yaml: taken for a run of sft; reward, ppo, .* have .*: say which with --stage\n", aside
+    )
+    assert run("data", tmp_path / "run.yaml", "--stage", "sft") == (0, told, "")
     calls = []
     fake(monkeypatch, "report", check_run_dirs=list, write_report=lambda runs, out: calls.append((runs, out)) or out)
     assert run("report", "a")[1] == "a/report.html\n"

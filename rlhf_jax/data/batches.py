@@ -19,7 +19,7 @@ from rlhf_jax.data.encode import prompt_text
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import pack, padded_fraction
 from rlhf_jax.data.sources import memory_source
-from rlhf_jax.data.table import WITH_MARGIN, Table, columns_of, describe, open_sources, scan
+from rlhf_jax.data.table import WITH_MARGIN, Table, columns_of, open_sources, require_batch, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -70,6 +70,10 @@ class Tables:
     def longest(self, limit: int) -> int:
         longest = max(int(table.lengths.max()) for table in self.tables)
         return int(buckets.rounded(np.asarray(longest), limit))
+
+    def train_lengths(self) -> list[np.ndarray]:
+        """Of every source."""
+        return [table.train_lengths() for table in self.tables]
 
     def counts(self) -> Counter:
         return sum((table.counts for table in self.tables), Counter())
@@ -223,7 +227,7 @@ class PromptData:
     @property
     def padded_fraction(self) -> float:
         """Share of the prompts' tokens that are padding."""
-        return buckets.padded_fraction(self.buckets, _train_lengths(self.tables))
+        return buckets.padded_fraction(self.buckets, self.tables.train_lengths())
 
     def eval_batch(self, count: int) -> types.Prompts:
         """`count` fixed prompts, the same at every call: evaluation rows first, then (where those run out) training rows."""
@@ -278,23 +282,10 @@ def make_tables(
     else:
         sources, weights = open_sources(data, purpose=purpose, seed=seed)
     tables = tuple(scan(source, purpose, tokenizer, data) for source in sources)
+    require_batch(tables, batch_size)
     sizes = [len(table.numbers) for table in tables]
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     return Tables(tables, tuple(weights), first, tokenizer, seed, batch_size)
-
-
-def _train_lengths(tables: Tables) -> list[np.ndarray]:
-    """Tokens i64[·] of the (first) sequence of every training row, one array a source."""
-    return [table.lengths[table.train, 0].astype(np.int64) for table in tables.tables]
-
-
-def _require_batch(tables: Tables, units: int, what: str) -> None:
-    if units < tables.batch_size:
-        raise UserError(
-            f"{tables.tables[0].source.name}: {units} {what} for training, fewer than batch_size = {tables.batch_size} "
-            f"({describe(tables.counts())}; data.eval_fraction = {tables.tables[0].data.eval_fraction}); "
-            f"set batch_size to at most {units}, or give more data"
-        )
 
 
 def make_sft_data(
@@ -302,11 +293,10 @@ def make_sft_data(
 ) -> SFTData:
     """Fine-tuning data of a configuration."""
     tables = make_tables(data, tokenizer, "sft", seed=seed, batch_size=batch_size, rows=rows)
-    lengths = _train_lengths(tables)
+    lengths = tables.train_lengths()
     packs = tuple(pack(part, data.max_tokens) for part in lengths) if data.packing else None
     length = data.max_tokens if packs is not None else tables.longest(data.max_tokens)
     units = sum(map(len, lengths if packs is None else packs))
-    _require_batch(tables, units, "rows" if packs is None else "packed rows")
     return SFTData(tables, length, packs, padded_fraction(np.concatenate(lengths), units, length))
 
 
@@ -315,7 +305,6 @@ def make_preference_data(
 ) -> PreferenceData:
     """Preference data of a configuration. With margins where any row has one: a row without counts 0."""
     tables = make_tables(data, tokenizer, "preferences", seed=seed, batch_size=batch_size, rows=rows)
-    _require_batch(tables, sum(len(table.train) for table in tables.tables), "pairs")
     return PreferenceData(tables, tables.longest(data.max_tokens), has_margin=WITH_MARGIN in tables.counts())
 
 
@@ -324,8 +313,7 @@ def make_prompt_data(
 ) -> PromptData:
     """Prompts of a configuration."""
     tables = make_tables(data, tokenizer, "prompts", seed=seed, batch_size=batch_size, rows=rows)
-    _require_batch(tables, sum(len(table.train) for table in tables.tables), "prompts")
-    length, lengths, least = tables.longest(data.max_prompt_tokens), _train_lengths(tables), batch_size
+    length, lengths, least = tables.longest(data.max_prompt_tokens), tables.train_lengths(), batch_size
     found = buckets.make_buckets(lengths, tables.weights, count=data.length_buckets, limit=length, least=least)
     return PromptData(tables, length, found)
 
@@ -335,5 +323,4 @@ def make_labelled_data(
 ) -> LabelledData:
     """Answers marked good or bad, of a configuration."""
     tables = make_tables(data, tokenizer, "labels", seed=seed, batch_size=batch_size, rows=rows)
-    _require_batch(tables, sum(len(table.train) for table in tables.tables), "answers")
     return LabelledData(SFTData(tables, tables.longest(data.max_tokens), None, 0.0))

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_jax.config import OFFLINE, Data
 from rlhf_jax.data import order
 from rlhf_jax.data.encode import TokenSequence, encode
 from rlhf_jax.data.formats import Purpose, Row, detect, normalise, prepare, render_plain
+from rlhf_jax.data.packing import packed_rows
 from rlhf_jax.data.sources import BadRow, Source, memory_source, open_source
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
@@ -60,6 +62,10 @@ class Table:
         tokens, trained, first = self.cache
         edges = int(first[example]) + np.concatenate([[0], np.cumsum(self.lengths[example])])
         return [(tokens[a:b], trained[a:b]) for a, b in itertools.pairwise(edges.tolist())]
+
+    def train_lengths(self) -> np.ndarray:
+        """Tokens i64[·] of the (first) sequence of every training row."""
+        return self.lengths[self.train, 0].astype(np.int64)
 
     def margin(self, example: int) -> float:
         margin = self.row(example).margin
@@ -198,6 +204,20 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
         counts=counts,
         cache=cache.arrays(),
     )
+
+
+def require_batch(tables: Sequence[Table], batch_size: int) -> None:
+    """UserError where a data set has fewer of what a batch is made of (rows, pairs, packed rows) than a batch."""
+    first = tables[0]
+    packed = first.purpose == "sft" and first.data.packing
+    what = "packed rows" if packed else {"sft": "rows", "preferences": "pairs", "labels": "answers"}.get(first.purpose, "prompts")
+    units = sum(packed_rows(t.train_lengths(), t.data.max_tokens) if packed else len(t.train) for t in tables)
+    if units < batch_size:
+        counts = describe(sum((table.counts for table in tables), Counter()))
+        raise UserError(
+            f"{first.source.name}: {units} {what} for training, fewer than batch_size = {batch_size} "
+            f"({counts}; data.eval_fraction = {first.data.eval_fraction}); set batch_size to at most {units}, or give more data"
+        )
 
 
 def describe(counts: Counter) -> str:

@@ -10,7 +10,7 @@ from rlhf_jax.data import buckets
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.formats import Purpose
 from rlhf_jax.data.packing import packed_rows, padded_fraction
-from rlhf_jax.data.table import Table, open_sources, purpose_of, scan
+from rlhf_jax.data.table import Table, open_sources, purpose_of, require_batch, scan
 from rlhf_jax.data.vocabulary import Tokenizer
 from rlhf_jax.errors import UserError
 
@@ -38,8 +38,10 @@ def validate(run: Run) -> Report:
         jobs.append((run.ptx_data, "sft"))
     blocks, records = [], []
     for data, kind in jobs:
-        for source, weight in zip(*open_sources(data, purpose=kind, seed=run.seed), strict=True):
-            table = scan(source, kind, tokenizer, data)
+        sources, weights = open_sources(data, purpose=kind, seed=run.seed)
+        tables = [scan(source, kind, tokenizer, data) for source in sources]
+        require_batch(tables, _rows_of_a_step(run, kind))
+        for table, weight in zip(tables, weights, strict=True):
             record = _record(table, weight, run)
             records.append(record)
             blocks.append(_text(table, record))
@@ -47,10 +49,14 @@ def validate(run: Run) -> Report:
     return Report("\n\n".join(["\n".join([head, *(f"  {line}" for line in tokenizer.policies)]), *blocks]), records)
 
 
+def _rows_of_a_step(run: Run, purpose: Purpose) -> int:
+    return buckets.prompts_of_a_step(run) if isinstance(run, OnlineRun) and purpose == "prompts" else run.batch_size
+
+
 def _record(table: Table, weight: float, run: Run) -> dict[str, Any]:
     lengths = table.lengths.reshape(-1)
     first = table.source.row(int(table.numbers[0]))
-    units = buckets.prompts_of_a_step(run) if isinstance(run, OnlineRun) and table.purpose == "prompts" else run.batch_size
+    units = _rows_of_a_step(run, table.purpose)
     record = {
         "source": table.source.name,
         "weight": weight,
@@ -65,12 +71,12 @@ def _record(table: Table, weight: float, run: Run) -> dict[str, Any]:
         "fingerprint": table.digest(),
     }
     if table.purpose == "sft":
-        of_train = table.lengths[table.train, 0].astype(np.int64)
+        of_train = table.train_lengths()
         limit = table.data.max_tokens
         record["padding"] = round(padded_fraction(of_train, len(of_train), min(limit, -(-int(lengths.max()) // 8) * 8)), 4)
         record["padding_packed"] = round(padded_fraction(of_train, packed_rows(of_train, limit), limit), 4)
     if isinstance(run, OnlineRun) and table.purpose == "prompts" and len(table.train):
-        of_train = table.lengths[table.train, 0].astype(np.int64)
+        of_train = table.train_lengths()
         limit = int(buckets.rounded(table.lengths.max(), table.data.max_prompt_tokens))
         record["padding_buckets"] = list(_widths(run, of_train, limit, min(units, len(table.train))))
     return record

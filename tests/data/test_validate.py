@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_jax.config import OFFLINE, STAGES, Data, Model, PPORun, RewardRun, Run, Sampling, Scratch, SFTRun
+from rlhf_jax.config import OFFLINE, STAGES, Data, GRPORun, Model, PPORun, RewardRun, Run, Sampling, Scratch, SFTRun
 from rlhf_jax.data.corpus import run_tokenizer
 from rlhf_jax.data.validate import histogram, validate
 from rlhf_jax.errors import UserError
@@ -54,6 +54,16 @@ def test_report_of_fine_tuning_and_prompts(pairs: str):
         validate(Run(model=MODEL, data=Data(path=pairs)))
 
 
+def test_fewer_rows_than_a_batch_are_told_as_the_stage_tells_them(pairs: str):
+    data = Data(path=pairs, eval_fraction=0.0)
+    for cls, rows in ((RewardRun, "40 pairs"), (PPORun, "41 prompts")):
+        with pytest.raises(UserError, match=rf"{pairs}: {rows} for training, fewer than batch_size = 64 .*set batch_size to at"):
+            validate(cls(model=MODEL, data=data, batch_size=64))
+    assert validate(GRPORun(model=MODEL, data=data, batch_size=64)).rows[0]["steps_per_epoch"] == 5.1  # of 8 groups
+    with pytest.raises(UserError, match=r"\d packed rows for training, fewer than batch_size = 40 "):
+        validate(SFTRun(model=MODEL, data=Data(path=pairs, eval_fraction=0.0, packing=True), batch_size=40))
+
+
 def test_what_widths_of_prompts_leave_of_padding_and_cost_in_programs(tmp_path: Path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "ab " * (1 + n % 30)}) for n in range(90)))
@@ -77,7 +87,8 @@ def test_every_stage_can_be_checked_and_is_read_as_it_will_train(pairs: str, sta
 def test_validation_imports_no_jax(pairs: str):
     code = (
         "import sys; from rlhf_jax.config import *; from rlhf_jax.data.validate import validate; "
-        "validate(SFTRun(model=Model(scratch=Scratch(vocabulary=300)), data=Data(path=sys.argv[1]))); print('jax' in sys.modules)"
+        "validate(SFTRun(model=Model(scratch=Scratch(vocabulary=300)), data=Data(path=sys.argv[1]), batch_size=8)); "
+        "print('jax' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code, pairs], capture_output=True, text=True, check=True, cwd=HERE.parents[1])
     assert run.stdout.strip() == "False"
