@@ -182,6 +182,11 @@ def check_mesh(spec: models.Spec, mesh: Mesh) -> None:
     parallel.check_divides(mesh, sizes | {"vocabulary": ("vocab", spec.vocab_size)})
 
 
+def widest_mesh(path: str | Path, devices: list[Any] | None = None) -> config.Mesh:
+    """The mesh of all devices, or of those given, for a model's directory alone: `parallel.spread`."""
+    return parallel.spread(models.read_spec(path).width, len(jax.devices() if devices is None else devices))
+
+
 def abstract_part(settings: config.Model, spec: models.Spec, mesh: Mesh, *, head: str, trained: bool) -> programs.Part:
     """A model as shapes: nothing is read.
 

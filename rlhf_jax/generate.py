@@ -60,9 +60,9 @@ def open_model(
     """Load a language model and its tokenizer, on all devices or on those given; UserError where the directory is not one."""
     if models.has_scalar_head(path):
         raise UserError(f"{path} is a reward model or a critic: it scores answers and gives none; name a language model")
-    where = parallel.make_mesh(mesh or config.Mesh(), devices)
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     settings = settings or config.Model(path=str(path))
+    where = parallel.make_mesh(mesh or build.widest_mesh(path, devices), devices)
     loaded = build.load(
         settings, where, head="lm", key=jax.random.key(0), real_vocab=tokenizer.vocab_size, path=str(path), trained=False
     )

@@ -75,6 +75,11 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
     return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def spread(width: int, devices: int) -> config.Mesh:
+    """All devices: as many as divide a model's width split its weights and the batch, the others the batch alone."""
+    return config.Mesh(data=devices // math.gcd(width, devices))
+
+
 def compile_anew() -> None:
     """From now on this process neither reads nor writes compiled programs: with several CPU devices, one read back may hang.
 

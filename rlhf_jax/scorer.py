@@ -63,10 +63,10 @@ def open_scorer(
     path: str | Path, *, mesh: config.Mesh | None = None, devices: list[Any] | None = None, dtype: Any = "float32"
 ) -> Scorer:
     """Load a reward model and its tokenizer; UserError where the directory is none (a language model has no scalar head)."""
-    where = parallel.make_mesh(mesh or config.Mesh(), devices)
     tokenizer = load_tokenizer(path)
     settings = config.Model(path=str(path), compute_dtype=dtype)
     build.check_scores(path, str(path))
+    where = parallel.make_mesh(mesh or build.widest_mesh(path, devices), devices)
     loaded = build.load(settings, where, head="score", key=None, real_vocab=tokenizer.vocab_size, path=str(path), trained=False)
     apply, calibration = scoring.make_score_apply(loaded.model), loaded.calibration
 

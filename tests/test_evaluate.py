@@ -96,6 +96,22 @@ def test_a_batch_that_the_devices_do_not_divide_is_rounded_up(measured, files):
     assert sizes[0] == [dataclasses.replace(one, logprob=pytest.approx(one.logprob, abs=1e-4)) for one in sizes[1]]
 
 
+@pytest.mark.skipif(jax.device_count() < 6, reason="one simulated device: nothing to compare")
+def test_any_number_of_devices_gives_the_same(measured, files, monkeypatch):
+    """A width of 32: of five devices none splits the weights, of six two do, and all work."""
+    devices = jax.devices()
+    for count, shape in ((5, (5, 1, 1)), (6, (3, 2, 1))):
+        monkeypatch.setattr(jax, "devices", lambda count=count: devices[:count])
+        assert generate.open_model(directories.language_model()).mesh.devices.shape == shape
+        assert scorer.open_scorer(directories.reward_model()).mesh.devices.shape == shape
+    settings = dataclasses.replace(measured[2], against=None, pass_at=(), best_of=())
+    found = evaluate.evaluate(directories.language_model(), files / "prompts.jsonl", settings, out=files / "six.jsonl")
+    rows = [json.loads(line) for line in (files / "six.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == [row["response"] for row in measured[1]]
+    for each in found:
+        assert each.estimate.value == pytest.approx(figure(measured[0], each.name, each.of).value, abs=1e-5), each
+
+
 def test_rewards_are_those_of_functions_and_models(measured, files, rollout):
     found, answers, settings = measured
     even, count, model = settings.rewards
