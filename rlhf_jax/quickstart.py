@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from rlhf_jax import config, generate, metrics, offline, online, report, rundir
+from rlhf_jax import config, generate, metrics, offline, online, parallel, report, rundir
 from rlhf_jax.data.tasks import reviews
 from rlhf_jax.errors import UserError
 
@@ -81,11 +82,22 @@ def run_addition(out: Path, seed: int) -> list[Path]:
     return [out / "sft", online.run("ppo", settings)]
 
 
+def batch(least: int) -> int:
+    """The next multiple of the devices: whatever their number, they share a batch evenly."""
+    return least + -least % jax.device_count()
+
+
+def mesh() -> config.Mesh:
+    return parallel.spread(MODEL.width, jax.device_count())
+
+
 def fine_tune(out: Path, task: Any, seed: int) -> Path:
     settings = config.SFTRun(
         out=str(out / "sft"),
         seed=seed,
         steps=STEPS["sft"],
+        batch_size=batch(64),
+        mesh=mesh(),
         model=config.Model(scratch=MODEL),
         data=config.Data(task=task, max_tokens=40, eval_fraction=0.03),
         optimizer=config.Optimizer(learning_rate=3e-3, beta2=0.99, eps=1e-8, warmup_steps=10),
@@ -103,7 +115,8 @@ def train_scorer(out: Path, tuned: Path, pairs: Path, count: int, seed: int) -> 
         out=str(out),
         seed=seed,
         steps=STEPS["reward"],
-        batch_size=96,
+        batch_size=batch(96),
+        mesh=mesh(),
         model=config.Model(path=str(tuned)),
         data=config.Data(path=str(pairs), max_tokens=40, eval_fraction=HELD_OUT / (count + HELD_OUT)),
         optimizer=config.Optimizer(learning_rate=6e-4, beta2=0.99, eps=1e-8, warmup_steps=10),
@@ -148,7 +161,8 @@ def policy_settings(
         out=str(out),
         seed=seed,
         steps=steps,
-        batch_size=128,
+        batch_size=2 * batch(64),
+        mesh=mesh(),
         model=config.Model(path=str(tuned)),
         data=data,
         reward=config.Reward(model=None if scorer is None else str(scorer)),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, config, export, metrics, models, offline, online, parallel, quickstart, setups
+from rlhf_jax import checkpoint, checks, config, export, metrics, models, offline, online, parallel, quickstart, setups
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import decoding, lora
@@ -597,6 +597,27 @@ def test_the_quickstart_chains_its_stages(tmp_path: Path, monkeypatch: pytest.Mo
             quickstart.run(out=tmp_path / "q", demo=None, task=task, seed=seed)
     monkeypatch.setattr(quickstart, "write_pairs", lambda *_: pytest.fail("pairs that are there are not sampled again"))
     assert quickstart.run(out=tmp_path / "q", demo=None, task="reviews", seed=0) == text
+
+
+@pytest.mark.parametrize("task", ["reviews", "addition"])
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 8, 64])
+def test_the_quickstart_takes_any_number_of_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, task: str
+) -> None:
+    found: list[Any] = []
+    for loop in (offline, online):
+        monkeypatch.setattr(loop, "run", lambda stage, settings: found.append(settings) or Path(settings.out))
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    for name in ("write_pairs", "collect", "summary"):
+        monkeypatch.setattr(quickstart, name, lambda *_: None)
+    quickstart.run(out=tmp_path, demo=None, task=task, seed=0)
+    for run in found:
+        fsdp = count // run.mesh.data
+        assert (run.mesh.data * fsdp, run.mesh.fsdp, quickstart.MODEL.width % fsdp) == (count, -1, 0)
+        checks.check_batch(run, count)
+    if count in (1, 8):
+        assert [run.batch_size for run in found] == ([64, 96, 128] if task == "reviews" else [64, 128])
+        assert {run.mesh for run in found} == {config.Mesh()}
 
 
 @pytest.mark.parametrize("name", ["run.json", "final", "metrics.jsonl", "samples.jsonl", "report.html"])
