@@ -76,8 +76,13 @@ make_slice() {
   done
 }
 
+# The checkout as it lies here, with changes and new files: all but what git ignores. git names deleted files too.
+# shellcheck disable=SC2016 # the inner shell reads its own variables
+PACK='git ls-files -coz --exclude-standard | while IFS= read -rd "" f; do [ ! -e "$f" ] || printf "%s\0" "$f"; done'
+PACK="$PACK"' | tar -czf "$0" --no-recursion --null -T -'
+
 install() {
-  run git archive --format=tar.gz --output="$archive" HEAD
+  run bash -o pipefail -c "$PACK" "$archive"
   tpu scp "$archive" "$name:rlhf-jax.tar.gz" "${where[@]}" --worker=all
   [ -z "$setup" ] || everywhere "$setup"
   everywhere "mkdir -p rlhf-jax && tar -xzf rlhf-jax.tar.gz -C rlhf-jax && cd rlhf-jax && bash scripts/tpu_install.sh"

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ case "$*" in
     found=$(next states)
     case $found in READY | PREEMPTED) echo "$found" ;; *) echo "ERROR: $found" >&2; exit 1 ;; esac ;;
   *"tpu-vm create"*) exit "$(($(next creates)))" ;;
+  *pod:rlhf-jax.tar.gz*) cp "$5" "$FAKE/sent.tar.gz" ;;
   *worker.status*) cd "$FAKE" && bash -c "${!##--command=}" ;;
   *tpu_worker.sh*)
     status=$(next runs)
@@ -55,7 +57,8 @@ def test_a_dry_run_prints_every_command_and_touches_nothing():
     place = "--zone=us-west4-a --project=mine"
     assert found == [
         f"{tpu} create pod {place} {create}",
-        "git archive --format=tar.gz --output=ARCHIVE HEAD",
+        """bash -o pipefail -c 'git ls-files -coz --exclude-standard | while IFS= read -rd "" f; do [ ! -e "$f" ] """
+        """|| printf "%s\\0" "$f"; done | tar -czf "$0" --no-recursion --null -T -' ARCHIVE""",
         f"{tpu} scp ARCHIVE pod:rlhf-jax.tar.gz {place} --worker=all",
         f"{tpu} ssh pod {place} --worker=all '--command=sudo mount 10.0.0.2:/share /mnt/share'",
         f"{tpu} ssh pod {place} --worker=all '--command=mkdir -p rlhf-jax && tar -xzf rlhf-jax.tar.gz -C rlhf-jax "
@@ -95,7 +98,9 @@ def executable(path: Path, text: str) -> Path:
 def launched(tmp_path):
     """launched(statuses, states, *options) -> exit status, the commands that gcloud was given. What it said lies in `said`."""
 
-    def launch(statuses: list[Any], states: list[str], *options: str, creates: Sequence[int] = ()) -> tuple[int, list[str]]:
+    def launch(
+        statuses: list[Any], states: list[str], *options: str, creates: Sequence[int] = (), script: Path = SCRIPT
+    ) -> tuple[int, list[str]]:
         executable(tmp_path / "gcloud", GCLOUD)
         (tmp_path / "rlhf-jax").mkdir()
         (tmp_path / "rlhf-jax" / "worker.status").touch()
@@ -103,7 +108,7 @@ def launched(tmp_path):
         (tmp_path / "runs").write_text("".join(f"{status}\n" for status in statuses))
         (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
         variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "TPU_VM_PAUSE_S": "0"}
-        command = [SCRIPT, *WHERE, "--logs", str(tmp_path / "logs"), *options, *RUN]
+        command = [script, *WHERE, "--logs", str(tmp_path / "logs"), *options, *RUN]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables, timeout=60)
         (tmp_path / "said").write_text(done.stderr)
         calls = (tmp_path / "calls").read_text().splitlines()
@@ -138,6 +143,30 @@ def test_a_mistake_ends_and_what_may_pass_is_tried_again(launched, status, resta
     assert ended == (255 if status == "lost" else status)
     assert calls.count("ssh tpu_worker") == 1 + restarts
     assert calls.count("ssh tpu_install") == 1
+
+
+def test_the_checkout_is_sent_as_it_lies_there(launched, tmp_path):
+    """With what is changed and what is new, without what is deleted and what git ignores."""
+    there = tmp_path / "a checkout"
+    script = executable(there / "scripts" / "tpu_vm.sh", SCRIPT.read_text())
+    files = {".gitignore": "runs/\n", "configs/edited.yaml": "steps: 1\n", "configs/gone.yaml": ""}
+    for name, text in files.items():
+        (there / name).parent.mkdir(exist_ok=True)
+        (there / name).write_text(text)
+    for command in (["init", "-q"], ["add", "--all"]):
+        subprocess.run(["git", *command], cwd=there, check=True)
+    (there / "configs" / "edited.yaml").write_text("steps: 2\n")
+    (there / "configs" / "my own é.yaml").write_text("steps: 3\n")
+    (there / "configs" / "gone.yaml").unlink()
+    (there / "runs").mkdir()
+    (there / "runs" / "metrics.jsonl").touch()
+    assert launched([0], [], script=script)[0] == 0
+    with tarfile.open(tmp_path / "sent.tar.gz") as sent:
+        assert sorted(sent.getnames()) == sorted({*files, "configs/my own é.yaml", "scripts/tpu_vm.sh"} - {"configs/gone.yaml"})
+        assert [sent.extractfile(f"configs/{name}.yaml").read() for name in ("edited", "my own é")] == [
+            b"steps: 2\n",
+            b"steps: 3\n",
+        ]
 
 
 def test_without_a_slice_and_without_create_it_says_so(launched):
