@@ -7,7 +7,7 @@ Every process makes the whole batch, and its devices take their rows of it.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Tables:
     """The sources of a data set. Example i of table t has the index first[t] + i."""
 
     tables: tuple[Table, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # shares of the draws
     first: np.ndarray  # i64[S]
     tokenizer: Tokenizer
     seed: int
@@ -296,8 +296,12 @@ def make_sft_data(
     lengths = tables.train_lengths()
     packs = tuple(pack(part, data.max_tokens) for part in lengths) if data.packing else None
     length = data.max_tokens if packs is not None else tables.longest(data.max_tokens)
-    units = sum(map(len, lengths if packs is None else packs))
-    return SFTData(tables, length, packs, padded_fraction(np.concatenate(lengths), units, length))
+    units = [len(part) for part in (lengths if packs is None else packs)]
+    if packs is not None and len(packs) > 1:  # a draw is a row, and shares are of conversations: of long ones a row holds fewer
+        each = zip(tables.weights, units, lengths, strict=True)
+        tables = replace(tables, weights=tuple(weight * rows / max(len(part), 1) for weight, rows, part in each))
+    padded = [padded_fraction(part, rows, length) for part, rows in zip(lengths, units, strict=True)]
+    return SFTData(tables, length, packs, float(np.average(padded, weights=tables.weights)))
 
 
 def make_preference_data(

@@ -366,6 +366,27 @@ def test_several_sources_with_weights(bpe: Tokenizer, tmp_path: Path):
     assert data.batch(0).index.max() < 230
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_are_shares_of_conversations_and_the_padding_told_is_theirs(bpe: Tokenizer, tmp_path: Path, packing: bool):
+    paths = []
+    for name, words in (("short", 1), ("long", 24)):
+        rows = [{"prompt": f"{name}:", "completion": " ".join(WORDS[n % 5 :][:1] * words)} for n in range(160)]
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("\n".join(json.dumps(row) for row in rows))
+
+    sources = tuple(Source(path=str(path), weight=weight) for path, weight in zip(paths, (9.0, 1.0), strict=True))
+    settings = dataclasses.replace(DATA, sources=sources, packing=packing, eval_fraction=0.0)
+    data = make_sft_data(settings, bpe, seed=0, batch_size=16)
+    batches = [data.batch(step) for step in range(256)]
+    text = "".join(_text(bpe, batch.tokens, batch.mask) for batch in batches)
+    assert text.count("short:") / text.count(":") == pytest.approx(0.9, abs=0.01)
+    assert data.padded_fraction == pytest.approx(1 - np.mean([batch.mask for batch in batches]), abs=0.01)
+    one = make_sft_data(dataclasses.replace(settings, sources=sources[:1]), bpe, seed=0, batch_size=16)
+    assert one.tables.weights == (9.0,), "a run with one source goes on as before"
+    as_given = dataclasses.replace(data, tables=dataclasses.replace(data.tables, weights=(9.0, 1.0)))
+    assert (data.fingerprint() == as_given.fingerprint()) == (not packing), "a run whose rows came in another order is refused"
+
+
 @pytest.mark.parametrize("keys", [{}, {"path": "x.jsonl", "task": "reviews"}])
 def test_exactly_one_source_of_data(bpe: Tokenizer, keys: dict):
     with pytest.raises(UserError, match=r"exactly one of data.path, data.sources, data.task"):
