@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import build, checkpoint, config, config_file, integrity, models, parallel, rundir, setups, shelf
+from rlhf_jax import build, checkpoint, config, config_file, integrity, metrics, models, parallel, rundir, setups, shelf
 from rlhf_jax.errors import UserError
 from rlhf_jax.leaves import nest
 from rlhf_jax.models import lora
@@ -31,7 +31,12 @@ def export(source: Path, out: Path, *, part: str = "model") -> Path:
     found = integrity.problems(saved)
     if found:
         raise UserError(f"{saved} is damaged: {found[0]}; choose an older checkpoint")
-    stage = config_file.stage_of(run_dir / RESOLVED)
+    stage = metrics.read_summary(run_dir).get("stage") or config_file.stage_of(run_dir / RESOLVED)
+    if stage not in config.STAGES:
+        raise UserError(
+            f"{run_dir}: a run of {stage!r}, which is none of {', '.join(config.STAGES)}: {run_dir / 'final'} is its export; "
+            "for another of its checkpoints call rlhf_jax.export.export in the program that adds this algorithm"
+        )
     settings: Any = config_file.load(run_dir / RESOLVED, (), config.STAGES[stage])
     arrays = nest(checkpoint.read(saved))
     states = {"model": arrays.get("actor") or arrays.get("trained"), "critic": arrays.get("critic")}

@@ -210,6 +210,11 @@ def test_a_run_is_exported_again_as_it_exported_itself(
     ):
         with pytest.raises(UserError, match=words):
             export.export(**({"out": tmp_path / "new"} | arguments))
+    foreign = shutil.copytree(base / "sft", tmp_path / "foreign")
+    (foreign / "summary.json").write_text('{"stage": "rank"}')
+    (foreign / "config.resolved.yaml").write_text("rank: {group_size: 8}\n")
+    with pytest.raises(UserError, match=r"foreign: a run of 'rank', which is none of sft, .*foreign/final is its export"):
+        export.export(foreign, tmp_path / "new")
     saved = shutil.copytree(base / "sft", tmp_path / "harmed") / "checkpoints" / "4"
     victim = max(saved.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     victim.write_bytes(victim.read_bytes()[:-1])
