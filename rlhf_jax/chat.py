@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,7 +119,7 @@ def answer_lines(conversation: Conversation, source: TextIO, out: TextIO) -> Non
 
     Commands are obeyed in silence, mistakes raised.
     """
-    for line in source:
+    for line in _lines(source):
         if line.startswith("/"):
             if command(conversation, line) is None:
                 return
@@ -127,6 +127,13 @@ def answer_lines(conversation: Conversation, source: TextIO, out: TextIO) -> Non
             text = "".join(conversation.answer(line.rstrip("\n"))) if line.strip() else ""
             out.write(printable(text).strip().replace("\n", "\\n") + "\n")
             out.flush()
+
+
+def _lines(source: TextIO) -> Iterator[str]:
+    try:
+        yield from source
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding}: {error.reason}; PYTHONIOENCODING names another") from None
 
 
 def talk(conversation: Conversation, name: str) -> None:

@@ -1,6 +1,8 @@
 """The commands. Each parses, reads its configuration, and only then imports what runs it, so that mistakes cost milliseconds."""
 
+import codecs
 import errno
+import io
 import os
 import sys
 from enum import StrEnum
@@ -301,8 +303,19 @@ def _stage_of(path: Path) -> str:
     return stage
 
 
+def _escaped(error: Any) -> tuple[str, int]:
+    r"""Characters that a stream's encoding lacks, as \uXXXX: what is JSON stays JSON."""
+    import json
+
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 def main() -> None:
     """Entry point. What a user can mend is one message and status 2; everything else keeps its traceback."""
+    codecs.register_error("rlhf_jax", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="rlhf_jax")
     try:
         app(prog_name="rlhf-jax")
     except UserError as error:

@@ -161,4 +161,6 @@ def test_the_command(monkeypatch, capsys):
         "rlhf-jax: nowhere: no such directory; give a directory in Hugging Face layout or a hub name like org/model\n",
     )
     assert run(directories.language_model(), "/wizard\n")[0] == 2
+    with pytest.raises(UserError, match="standard input is not ascii: .*; PYTHONIOENCODING names another"):
+        answer_lines(None, io.TextIOWrapper(io.BytesIO("é\n".encode()), encoding="ascii"), io.StringIO())
     assert chat.printable("a\x1b\x9b\tb\n\x7f") == "a\tb\n"

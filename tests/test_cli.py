@@ -1,6 +1,7 @@
 """The commands: what each starts, what a mistake costs, what --help costs."""
 
 import gc
+import io
 import json
 import os
 import platform
@@ -106,6 +107,16 @@ def test_the_hosts_of_a_slice_look_for_one_another(run, monkeypatch, tmp_path, c
     (tmp_path / "run.yaml").write_text(RUN)
     assert run("sft", tmp_path / "run.yaml", "--profile", "3") == (0, "", "")
     assert calls == [{"on_tpu": on_tpu}, 3]
+
+
+def test_what_a_terminal_cannot_show_is_written_as_json_writes_it(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    fake(monkeypatch, "runs", describe=lambda directory: ('"é 漢 😀"', True))
+    monkeypatch.setattr(sys, "argv", ["rlhf-jax", "runs", "somewhere"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert (exit_info.value.code, json.loads(out.buffer.getvalue().decode("latin-1"))) == (0, "é 漢 😀")
 
 
 def test_a_run_that_was_asked_to_stop_says_how_to_go_on(run, monkeypatch, tmp_path):
