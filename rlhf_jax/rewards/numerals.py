@@ -26,7 +26,9 @@ _NUMBER = re.compile(
 _MARK = re.compile(r"#{4,}+")
 _BOX = re.compile(r"\\f?boxed\s*+\{")
 # What may stand between the mark and the number, and (in the data's own column) after it.
-_BEFORE = re.compile(r"(?:[\s*_`~\"'(\[{|:=+≈]|\$(?![-\d.])|\\[(\[,! ]|\\(?:text\w*|math\w+|f?boxed|displaystyle|left)\s*+\{?)*+")
+_BEFORE = re.compile(
+    r"(?:[\s*_`~\"'(\[{|:=+≈]|\$(?![-\d.])|\\[(\[,! ]|\\(?:text\w*|math\w+|f?boxed|displaystyle|left|approx)\s*+\{?)*+"
+)
 _VARIABLE = re.compile(r"[A-Za-z]\w?\s?=\s*+")
 _AFTER = re.compile(r"(?:[\s*_`~\"')\]}|.$%°]|\\[)\]%$,! ]|\^\{?\\circ\}?|\\right)*+")
 _HEADING = re.compile(r"[^\W\d_]{2}")
@@ -36,13 +38,15 @@ _GOES_ON = re.compile(
     r"""\s*+(?:\^(?!\{?\s?\\circ)|[√π]|pi\b|\\(?!text|math|mbox|q?quad|circ|degree|end|right|f?boxed)[A-Za-z]
         |(?:[-+/×÷·\u2212\u2013]|\*(?!\*))\s*+(?:[\d.\\({$√π]|[b-zB-HJ-Z](?![A-Za-z]))
         |\*\*\d|\d|[xyz](?![A-Za-z]))
-    |[,.:]\d|(?![mgshlLCFW])[A-Za-z](?![A-Za-z])""",
+    |[,.:]\d|[\u00b9\u00b2\u00b3\u2070-\u2079\u00bc-\u00be\u2150-\u215e]|(?![mgshlLCFW])[A-Za-z](?![A-Za-z])""",
     re.VERBOSE,
 )
 # Before a number in running text, the same; and (skipped) the exponent of a unit, m^2, or a subscript, x_1.
 _PART_BEFORE = re.compile(r"(?:\^\{?-?|\}\s?\{|\\[dtc]?frac\{?|\\sqrt\s?(?:\[\w{0,3}\])?\s?\{?|√|[\w)}\]]\s?/\s?)$")
 _SKIPPED = re.compile(r"[A-Za-z}](?:\^\{?-?|_\{?)$")
-_MORE = re.compile(r"(?<!\^)(?<!\^\{)\d")
+_MORE = re.compile(r"(?<!\^)(?<!\^\{)\d|(?<=\d)!")
+# Thousands in another style, of which the last groups alone look like a number: 1 000, 1,00,000, 1.000,50.
+_GROUPS_BEFORE = re.compile(r"(?<!\d)\d{1,3}\ (?=\d{3}(?!\d))|\d,(?=\d+,\d)|\.\d{3},(?=\d)")
 
 
 class Reading(NamedTuple):
@@ -128,6 +132,8 @@ def _leading(line: str, *, alone: bool = False) -> Fraction | None:
 def _last(text: str) -> Fraction | None:
     for found in reversed(list(_NUMBER.finditer(text))):
         before = text[max(0, found.start() - 16) : found.start()]
+        if any(groups.end() == found.start() for groups in _GROUPS_BEFORE.finditer(text, max(0, found.start() - 5))):
+            return None
         if _SKIPPED.search(before):
             continue
         return None if _PART_BEFORE.search(before) or _GOES_ON.match(text, found.end()) else _value(found)
