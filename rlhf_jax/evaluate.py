@@ -88,6 +88,7 @@ def evaluate(
     Raises `UserError` for settings that need what is not given, and wherever a file or a directory cannot be used.
     """
     check(settings)
+    generate.require_answers(model)
     if out is not None:
         try_place(out)
     questions = read_questions(prompts, config.Data(columns=settings.columns, chat=settings.chat, limit=settings.limit))
@@ -114,7 +115,10 @@ def check(settings: Settings) -> None:
         raise UserError(f"{needs_reward[0]} needs --reward: it says which answers are better")
     for option, value in counts:
         if not 1 <= value <= s.samples:
-            raise UserError(f"{option} {value} needs at least as many answers to each prompt; give --samples {max(value, 1)}")
+            remedy = (
+                f"needs at least as many answers to each prompt; give --samples {value}" if value > 0 else "must be at least 1"
+            )
+            raise UserError(f"{option} {value} {remedy}")
     if s.reference is not None and s.temperature == 0:
         raise UserError("--reference needs --temperature above 0: a greedy answer has no KL")
     if not 0 < s.confidence < 1:

@@ -58,8 +58,7 @@ def open_model(
     chat_template: str | None = None,
 ) -> Generator:
     """Load a language model and its tokenizer, on all devices or on those given; UserError where the directory is not one."""
-    if models.has_scalar_head(path):
-        raise UserError(f"{path} is a reward model or a critic: it scores answers and gives none; name a language model")
+    require_answers(path)
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     settings = settings or config.Model(path=str(path))
     where = parallel.make_mesh(mesh or build.widest_mesh(path, devices), devices)
@@ -68,6 +67,12 @@ def open_model(
     )
     sync = parallel.compile_step(loaded.model.for_decoding, out=decoding_shardings(loaded, where))
     return Generator(loaded._replace(params=sync(loaded.params)), tokenizer, where)
+
+
+def require_answers(path: str | Path) -> None:
+    """UserError for a model that gives no answers."""
+    if models.has_scalar_head(path):
+        raise UserError(f"{path} is a reward model or a critic: it scores answers and gives none; name a language model")
 
 
 def decoding_shardings(loaded: Loaded, mesh: jax.sharding.Mesh) -> Any:

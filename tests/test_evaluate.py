@@ -305,7 +305,7 @@ def test_the_command_prints_a_table_and_json(run, files, measured):
         (["--against", "LM"], "--against needs --reward"),
         (["--pass-at", "2", "--reward", "length"], "--pass-at 2 needs at least as many answers to each prompt; give --samples 2"),
         (["--pass-at", "two"], "--pass-at two: must be whole numbers"),
-        (["--best-of", "0", "--reward", "length"], "--best-of 0 needs"),
+        (["--best-of", "0", "--reward", "length"], "--best-of 0 must be at least 1"),
         (["--confidence", "95"], "--confidence 95.0: must lie between 0 and 1"),
         (["--max-new-tokens", "128"], "the prompt has 3 tokens; with --max-new-tokens 128 that is more than the 128"),
         (["--columns", "prompt"], "--columns prompt: must be OURS=THEIRS, such as prompt=problem"),
@@ -364,7 +364,7 @@ def test_generate_reads_the_same_files(files, monkeypatch, capsys):
 
 
 def test_a_reward_model_gives_no_answers(run):
-    status, _, err = run(model=directories.reward_model())
+    status, _, err = run("--max-new-tokens", "128", model=directories.reward_model())
     assert status == 2
     assert "is a reward model or a critic: it scores answers and gives none" in err
 

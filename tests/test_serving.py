@@ -311,6 +311,8 @@ def test_another_run_can_use_it_as_its_reward_server(rewarding):
         ("completions", {"prompt": "a", "echo": True}, 400, "echo is not supported"),
         ("completions", {"prompt": "a", "max_tokens": 128}, 400, "max_tokens is 128; it must be between 1 and 126"),
         ("completions", {"prompt": [5] * 128}, 400, "the prompt has 128 tokens and the model takes 128"),
+        ("completions", {"prompt": []}, 400, "prompt: an empty one leaves nothing to go on from"),
+        ("completions", {"prompt": [[5], []]}, 400, "prompt: an empty one"),
         ("completions", {"prompt": [300]}, 400, "a token id of the prompt is [300]; it must be between 0 and"),
         ("completions", {"prompt": ["a"] * 65}, 400, "65 prompts in one request"),
         ("completions", {"prompt": {"a": 1}}, 400, "prompt"),

@@ -34,7 +34,7 @@ def _contained(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
         return function(*arguments)
     except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # these would end the thread without an answer
-        raise RuntimeError(f"raised {type(error).__name__}") from error
+        raise RuntimeError(f"raised {type(error).__name__}").with_traceback(error.__traceback__) from error
 
 
 def explain(error: BaseException, file: str | None = None) -> str:

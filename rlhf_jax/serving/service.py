@@ -78,6 +78,8 @@ async def completions(service: Service, raw: bytes) -> Any:
     if len(request.prompts) > MOST_PROMPTS:
         raise Refusal(400, f"{len(request.prompts)} prompts in one request; at most {MOST_PROMPTS}", param="prompt")
     rows = [tokenizer.encode(prompt, start=True) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+    if not all(map(len, rows)):
+        raise Refusal(400, "prompt: an empty one leaves nothing to go on from; give text or token ids", param="prompt")
     seeds = make_ask(service, request, [], None, (), None).seed
     asks = [
         make_ask(service, request, ids, request.max_tokens, request.stops, request.logprobs)._replace(seed=(seeds + row) % 2**63)

@@ -141,7 +141,7 @@ def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
             ("raised ZeroDivisionError", "mine.py:2", "sample 1, prompt 'prompt 1'"),
         ),
         ("raise KeyError('x')", ("raised KeyError", "sample 0")),
-        ("import sys; sys.exit(0)", ("RuntimeError: raised SystemExit",)),
+        ("import sys; sys.exit(0)", ("RuntimeError: raised SystemExit", "mine.py:2")),
         ("if len(batch.responses) > 1: raise RuntimeError('batch')", ("not on any one sample",)),
     ],
 )
