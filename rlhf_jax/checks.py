@@ -1,7 +1,7 @@
 """Rules between and about the values of a configuration that need no device: ranges, sizes that must divide, either-or keys.
 
-`find_problems` names every broken rule with its key, its arithmetic and the nearest values that would do. What depends on the
-number of devices is `check_batch`, which the loops call when they know the mesh.
+`find_problems` names every broken rule with its key, its arithmetic and the nearest values that would do; `check` raises them.
+What depends on the number of devices is `check_batch`, which the loops call when they know the mesh.
 """
 
 import dataclasses
@@ -115,6 +115,12 @@ def find_problems(config: Any) -> list[Problem]:
     return problems
 
 
+def check(config: c.Run) -> None:
+    """UserError with all problems of a configuration, which may have been made in Python: a file's are told with their lines."""
+    if problems := find_problems(config):
+        raise UserError("\n".join(problem.text for problem in problems))
+
+
 def range_of(cls: type, name: str) -> Range | None:
     """The allowed values of a key of a group."""
     return RANGES.get(f"{cls.__name__}.{name}", RANGES.get(name))
@@ -125,7 +131,7 @@ def _ranges(config: Any, prefix: str) -> Iterator[tuple[str, str, Range | None]]
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         rule = range_of(type(config), field.name)
-        if rule is not None and value is not None and not rule.holds(value):
+        if rule is not None and isinstance(value, int | float) and not rule.holds(value):
             yield name, f"{name} is {value:{'d' if isinstance(value, int) else 'g'}}; it must be {rule.words()}", rule
         if isinstance(value, str) and (not value or _NAMELESS.search(value)):
             yield name, f"{name} is {json.dumps(value)}, which is no name; write one, or leave the key out", None
@@ -305,7 +311,7 @@ def _online(config: c.OnlineRun) -> Iterator[Problem]:
             f"sampling.repetition_penalty is {sampling.repetition_penalty:g}; in training it must be 1, "
             "because the ratio would be that of another distribution than the one sampled",
         )
-    if group.adaptive_kl is not None and group.kl_coef == 0:
+    if getattr(group, "adaptive_kl", None) is not None and group.kl_coef == 0:
         text = f"{name}.kl_coef is 0 and {name}.adaptive_kl multiplies it; start above 0, such as 0.05"
         yield Problem(f"{name}.kl_coef", text)
     if getattr(group, "critic_warmup", 0) > config.steps:

@@ -175,7 +175,8 @@ def _let_go(*trees: Params) -> None:
 
 
 def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
-    """Read and check everything that is cheap: mesh, algorithm, tokenizer, data, reward functions."""
+    """Read and check everything that is cheap: keys, mesh, algorithm, tokenizer, data, reward functions."""
+    checks.check(settings)
     mesh = parallel.make_mesh(settings.mesh)
     settings = build.for_mesh(settings, mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
@@ -188,9 +189,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
     prompts = settings.batch_size // algorithm.group_size
     data = make_prompt_data(settings.data, tokenizer, seed=settings.seed, batch_size=prompts)
     ptx = None
-    if getattr(settings, stage).ptx_coef > 0:
-        if settings.ptx_data is None:
-            raise UserError(f"{stage}.ptx_coef > 0 needs ptx_data, the fine-tuning data of the mixture")
+    if getattr(settings, stage).ptx_coef > 0 and settings.ptx_data is not None:
         ptx = make_sft_data(settings.ptx_data, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     _try_rewards(settings.reward, tokenizer, data)
     build.check_others(settings, tokenizer)
@@ -297,9 +296,7 @@ def rewards_of(settings: config.OnlineRun, tokenizer: Tokenizer) -> tuple[HostRe
     reward, task = settings.reward, settings.data.task
     host = make_reward(reward, tokenizer) if reward.functions or reward.url else None
     truth = None if task is None else TASKS[task].reward
-    if host is None and reward.model is None:
-        if truth is None:
-            raise UserError("reward: nothing scores the answers; give reward.model, reward.functions or reward.url")
+    if host is None and reward.model is None and truth is not None:
         return (lambda batch: (np.asarray(truth(batch), np.float32), {})), None
     return host, truth
 
@@ -396,7 +393,8 @@ class OfflineSetup:
 
 
 def plan_offline(stage: str, settings: Any) -> OfflinePlan:
-    """Read and check mesh, tokenizer and data."""
+    """Read and check keys, mesh, tokenizer and data."""
+    checks.check(settings)
     mesh = parallel.make_mesh(settings.mesh)
     settings = build.for_mesh(settings, mesh)
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))

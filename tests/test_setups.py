@@ -58,6 +58,18 @@ def test_a_language_model_is_no_reward_model(tmp_path):
         setups.plan_online("ppo", run)
 
 
+def test_runs_made_in_python_are_checked_as_files_are(tmp_path):
+    both = "sampling.min_new_tokens is 5; it must be at most max_new_tokens = 4\nppo.ptx_coef is 1, so ptx_data is needed"
+    sampling = config.Sampling(max_new_tokens=4, min_new_tokens=5)
+    with pytest.raises(UserError, match=both):
+        setups.plan_online("ppo", ppo_run(tmp_path, sampling=sampling, ppo=config.PPO(ptx_coef=1.0)))
+    with pytest.raises(UserError, match="no reward is given"):
+        setups.plan_online("ppo", ppo_run(tmp_path, reward=config.Reward(), data=config.Data(path="rows.jsonl")))
+    data = dataclasses.replace(DATA, length_buckets=2)
+    with pytest.raises(UserError, match="data.length_buckets is 2; widths are of prompts that are answered"):
+        setups.plan_offline("sft", config.SFTRun(batch_size=4, data=data, model=ppo_run(tmp_path).model))
+
+
 def test_data_of_a_mixture_without_weight_is_told(tmp_path):
     told = "ptx_data: not read, ppo.ptx_coef is 0"
     assert told in setups.plan_online("ppo", ppo_run(tmp_path, ptx_data=config.Data(path="nowhere.jsonl"))).notes
