@@ -236,7 +236,9 @@ class Recorder:
         for name in (METRICS, SAMPLES) if self._writes else ():
             path, owed = self.run_dir / name, set()
             for number, (_, row) in enumerate(_lines(path)):
-                if row is not None and row["step"] == step and (name == SAMPLES or any(key.startswith("eval") for key in row)):
+                if row is None or (row.get("stage"), row["step"]) != (self.stage, step):
+                    continue
+                if name == SAMPLES or any(key.startswith("eval") for key in row):
                     owed.add(number)
             if owed:
                 write_atomic(path, _without(path, owed))

@@ -66,7 +66,7 @@ def _several_tpu_workers(on_tpu: bool) -> bool:
         server.request("GET", _METADATA, headers={"Metadata-Flavor": "Google"})
         answer = server.getresponse()
         return answer.status == 200 and b"," in answer.read()
-    except OSError:  # no Cloud TPU: a board of one's own
+    except (OSError, http.client.HTTPException):  # no Cloud TPU: a board of one's own
         return False
     finally:
         server.close()

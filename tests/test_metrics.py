@@ -137,13 +137,14 @@ def test_what_stays_of_a_file_stays_byte_for_byte_and_its_last_line_gets_an_end(
 
 
 def test_only_the_evaluation_that_is_owed_is_removed_and_the_rest_stays_byte_for_byte(tmp_path):
-    lines = ['{"stage": "ppo",  "step": 3, "a/x": 1}\n', '{"stage": "ppo", "step": 3, "eval/score": 1}\n']
+    others = '{"stage": "sft",  "step": 3, "eval/score": 1}\n'
+    lines = [others, '{"stage": "ppo",  "step": 3, "a/x": 1}\n', '{"stage": "ppo", "step": 3, "eval/score": 1}\n']
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    (tmp_path / "samples.jsonl").write_text('{"stage": "ppo", "step": 2}\n{"stage": "ppo", "step": 3}\n')
+    (tmp_path / "samples.jsonl").write_text(others + '{"stage": "ppo", "step": 2}\n{"stage": "ppo", "step": 3}\n')
     with recorder(tmp_path, resume_step=3) as run:
         run.make_up(3)
-    assert (tmp_path / "metrics.jsonl").read_text() == lines[0]
-    assert (tmp_path / "samples.jsonl").read_text() == '{"stage": "ppo", "step": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + lines[1]
+    assert (tmp_path / "samples.jsonl").read_text() == others + '{"stage": "ppo", "step": 2}\n'
 
 
 def test_the_clock_of_a_continued_run_goes_on(tmp_path):

@@ -93,6 +93,13 @@ def test_a_tpu_vm_asks_its_metadata_server(workers, several, joined, metadata):
     assert len(joined) == several
 
 
+def test_a_server_that_speaks_no_http_knows_of_no_workers(joined, metadata, monkeypatch):
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "protocol_version", "SSH-2.0")
+    metadata(b"w0,w1")
+    processes.start(on_tpu=True)
+    assert joined == []
+
+
 def test_one_process_answers_at_once():
     assert processes.shared(lambda: {"values": [0.1]}) == {"values": [0.1]}
     assert processes.any_process(True)

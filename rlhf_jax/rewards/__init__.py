@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -83,13 +84,17 @@ def run_reward(function: Callable[[RewardInput], Any], batch: RewardInput, name:
 
 
 def _culprit(function: Callable[[RewardInput], Any], batch: RewardInput, timeout_s: float) -> str:
-    """The first sample on which the function raises by itself, for the message."""
-    for i in range(len(batch.responses)):
+    """The first sample on which the function raises by itself, for the message: it is looked for `timeout_s` seconds."""
+    end, count = time.monotonic() + timeout_s, len(batch.responses)
+    for i in range(count):
         columns = {key: values[i : i + 1] for key, values in batch.columns.items()}
         one = RewardInput(batch.prompts[i : i + 1], batch.responses[i : i + 1], np.asarray(batch.finished)[i : i + 1], columns)
-        if call(function, one, timeout_s=timeout_s).error is not None:
+        outcome = call(function, one, timeout_s=max(end - time.monotonic(), 0.0))
+        if outcome.late:
+            return f"; on a batch of {count}"
+        if outcome.error is not None:
             return f"; sample {i}, prompt {shorten(batch.prompts[i])}, response {shorten(batch.responses[i])}"
-    return f"; on a batch of {len(batch.responses)}, not on any one sample"
+    return f"; on a batch of {count}, not on any one sample"
 
 
 def _bound(entry: config.RewardFunction, tokenizer: Any) -> Callable[[RewardInput], Any]:

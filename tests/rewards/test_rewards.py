@@ -162,6 +162,15 @@ def test_a_reward_that_does_not_answer_is_left_behind(tmp_path: Path):
     assert time.monotonic() - begun < 10
 
 
+def test_the_sample_to_blame_is_looked_for_no_longer_than_a_reward_may_take(tmp_path: Path):
+    body = "if len(batch.responses) > 1: raise RuntimeError('batch')\n    time.sleep(3600)"
+    target = _file(tmp_path / "mine.py", f"import time\ndef score(batch):\n    {body}\n")
+    begun = time.monotonic()
+    with pytest.raises(RewardError, match=r"raised RuntimeError: batch .*; on a batch of 100$"):
+        _run(f"{target}:score", _batch(["a"] * 100), timeout_s=0.2)
+    assert time.monotonic() - begun < 10
+
+
 def test_a_hung_reward_does_not_keep_the_process_alive(tmp_path: Path):
     code = "import time; from rlhf_jax.rewards.call import call; print(call(time.sleep, 3600, timeout_s=0.1).late)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
