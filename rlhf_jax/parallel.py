@@ -52,7 +52,7 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
     Of several CPU devices: this process no longer reads compiled programs from disk (`compile_anew`).
 
     Raises:
-      UserError: the product of the axes is not the number of devices; says which numbers would be.
+      UserError: the product of the axes is not the number of devices, or the slices of a TPU do not divide `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [shape.data, shape.fsdp, shape.tensor]
@@ -61,18 +61,23 @@ def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
         raise UserError(f"mesh: data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: sizes are positive, and one at most is -1")
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if math.prod(sizes) != len(devices) or sizes[0] % slices:
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-        rest, left = divmod(len(devices), abs(shape.data * shape.tensor))
-        near = f"; nearest: fsdp={rest}" if not left and -1 not in (shape.data, shape.tensor) else ""
+        there, rule, near = f"{len(devices)}", "", ""
+        data = -(-abs(shape.data) // slices) * slices
+        if slices > 1:
+            there, rule, near = f"{there} in {slices} slices", f", data a multiple of {slices}", f"data={data}, "
+        rest, left = divmod(len(devices), data * abs(shape.tensor))
         raise UserError(
             f"mesh: data={shape.data} x fsdp={shape.fsdp} x tensor={shape.tensor} asks for "
-            f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are "
-            f"{len(devices)}; each size must be one of {divisors}, their product {len(devices)} (-1 takes what remains){near}"
+            f"{'a multiple of ' if -1 in (shape.data, shape.fsdp, shape.tensor) else ''}{fixed} devices, and there are {there}; "
+            f"each size must be one of {divisors}{rule}, their product {len(devices)} (-1 takes what remains)"
+            f"{'' if left else f'; nearest: {near}fsdp={rest}'}"
         )
     if len(devices) > 1 and devices[0].platform == "cpu":
         compile_anew()
-    return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_lay_out(sizes, devices, slices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spread(width: int, devices: int) -> config.Mesh:
@@ -92,15 +97,12 @@ def compile_anew() -> None:
     compilation_cache.reset_cache()  # JAX asks once and remembers
 
 
-def _lay_out(sizes: list[int], devices: list[Any]) -> np.ndarray:
+def _lay_out(sizes: list[int], devices: list[Any], slices: int) -> np.ndarray:
     """Devices in the order that puts mesh neighbours on neighbouring chips; slices of a TPU are split along `data`."""
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if sizes[0] % slices:
-        raise UserError(f"mesh: data={sizes[0]} is not a multiple of {slices}, the number of slices; nearest: data={slices}")
     return mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, sizes[1], sizes[2]), (slices, 1, 1), devices, allow_split_physical_axes=True
     )

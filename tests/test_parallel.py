@@ -1,6 +1,7 @@
 """One number per model and mesh: what is computed does not depend on how it is split, and nothing moves without need."""
 
 import dataclasses
+import types
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,33 @@ def test_a_mesh_that_the_devices_cannot_make_is_refused_with_the_arithmetic(mesh
     with pytest.raises(UserError) as error:
         parallel.make_mesh(mesh, devices)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "near"),
+    [
+        (config.Mesh(data=1, fsdp=16, tensor=4), {"data": 2, "fsdp": 4}),
+        (config.Mesh(data=1, fsdp=8, tensor=4), {"data": 2, "fsdp": 4}),
+        (config.Mesh(data=1, fsdp=-1, tensor=4), {"data": 2, "fsdp": 4}),
+        (config.Mesh(data=-1, fsdp=32), {"data": 2, "fsdp": 16}),
+        (config.Mesh(data=4, fsdp=1), {"data": 4, "fsdp": 8}),
+        (config.Mesh(data=3, fsdp=1, tensor=-1), {"data": 4, "fsdp": 8}),
+    ],
+)
+def test_of_several_slices_the_nearest_mesh_is_one_that_they_make(
+    mesh: config.Mesh, near: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=number // 16) for number in range(32)]
+    with pytest.raises(UserError, match=r"32 in 2 slices; .* data a multiple of 2") as error:
+        parallel.make_mesh(mesh, devices)
+    told = str(error.value).partition("nearest: ")[2]
+    assert told == ", ".join(f"{name}={size}" for name, size in near.items())
+    made: list[tuple[list[int], int]] = []
+    monkeypatch.setattr(parallel, "_lay_out", lambda sizes, devices, slices: made.append((sizes, slices)) or np.asarray([]))
+    monkeypatch.setattr(parallel, "Mesh", lambda *_, **__: None)
+    parallel.make_mesh(dataclasses.replace(mesh, **near), devices)
+    ((sizes, slices),) = made
+    assert (np.prod(sizes), slices, sizes[0] % 2) == (32, 2, 0)
 
 
 def test_sizes_that_the_mesh_does_not_divide_are_refused_with_the_nearest_that_it_does() -> None:
