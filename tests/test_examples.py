@@ -48,6 +48,7 @@ def test_ranks(my_algorithm):
     np.testing.assert_allclose(got, [0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0])
 
 
+@pytest.mark.usefixtures("one_device")
 def test_it_trains(my_algorithm, tmp_path):
     my_algorithm.main(str(tmp_path / "run"), tuning_steps=2, steps=2, sums=400)
     rows = metrics.read_rows(tmp_path / "run" / "rank" / metrics.METRICS)
@@ -96,6 +97,7 @@ def test_seeds_and_settings_side_by_side_make_a_table(capsys):
 # ------------------------------------------------------------------------------------------------- quickstart.ipynb
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, capsys):
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -32,7 +32,7 @@ def commands(program):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, one_device):
     """A directory in which the page's paths exist."""
     monkeypatch.chdir(tmp_path)
     for stage, directory in [("ppo", directories.language_model()), ("sft", directories.language_model(5))]:

@@ -10,6 +10,7 @@ def test_a_checkpoint_gives_equal_bytes_to_another_number_of_devices(tmp_path, w
     assert figures.resharded(tmp_path, writers, readers)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_nothing_that_is_not_finite_gets_into_the_state_of_ppo(tmp_path):
     found = figures.inject(figures.ppo_setup(tmp_path), 40)
     assert found.applied == 0
