@@ -10,6 +10,10 @@ os.environ.setdefault("RLHF_JAX_TEST_DEVICES", "8")
 _FLAG = "--xla_force_host_platform_device_count="
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}{os.environ['RLHF_JAX_TEST_DEVICES']}".strip()
+# Most programs here run once or twice, and LLVM's work on them was a fifth of the suite's time. XLA's own passes stay.
+_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_FLAGS = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {_FAST}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 _cache = Path(os.environ.get("RLHF_JAX_CACHE", Path(tempfile.gettempdir()) / "rlhf_jax_test_cache"))
@@ -28,8 +32,10 @@ from rlhf_jax import config, parallel  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+parallel.COMPILER_OPTIONS["cpu"] = {}  # what the flags say
 jax.devices()
-del os.environ["PJRT_NPROC"]  # of this process alone: those that it starts have devices of their own
+os.environ["XLA_FLAGS"] = _FLAGS  # this and the next were for this process alone: those that it starts have devices of their own
+del os.environ["PJRT_NPROC"]
 KEPT = jax.config.jax_enable_compilation_cache  # compiled programs, on disk
 
 

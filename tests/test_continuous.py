@@ -16,7 +16,6 @@ V, DECAY = 7, 0.6
 MODEL = testing.markov_model(V, decay=DECAY)  # depends on every token before and its distance: a wrong slot shows
 PARAMS = MODEL.init(jax.random.key(0))
 STOPS = {"stop_ids": (1, 2), "pad_id": 0}
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiled once and run once
 
 
 def both(
@@ -26,8 +25,8 @@ def both(
     how = config.Sampling(**{"max_new_tokens": 9} | keys)
     plain = functools.partial(sampling.generate, model, how, samples=samples, **STOPS)
     refilled = functools.partial(continuous.generate, model, how, rows=rows, refill=refill, samples=samples, **STOPS)
-    one, _ = jax.jit(plain, compiler_options=FAST)(params, prompts, jax.random.key(5))
-    other, steps, refills = jax.jit(refilled, compiler_options=FAST)(params, prompts, jax.random.key(5))
+    one, _ = jax.jit(plain)(params, prompts, jax.random.key(5))
+    other, steps, refills = jax.jit(refilled)(params, prompts, jax.random.key(5))
     return one, other, int(steps), int(refills)
 
 
@@ -91,12 +90,12 @@ def test_every_shard_of_the_batch_answers_its_own_prompts(shape: tuple[int, int,
     prompts = testing.random_prompts(1, 16, 5, 64)
     alone = models.make_model(models.scratch_spec(testing.tiny_scratch(), 64))
     plain = functools.partial(sampling.generate, alone, config.Sampling(max_new_tokens=9), samples=2, **STOPS)
-    one, _ = jax.jit(plain, compiler_options=FAST)(params, prompts, jax.random.key(5))
+    one, _ = jax.jit(plain)(params, prompts, jax.random.key(5))
     decoding = alone.for_decoding(params)
     where = parallel.param_shardings(mesh, model.axes(decoding), decoding, gather=("fsdp",))
     rows = parallel.batch_sharding(mesh)
     sample = programs.make_rollout(model, mesh, config.Sampling(max_new_tokens=9, rows=16), samples=2, **STOPS)
-    step = jax.jit(sample, out_shardings=rows, compiler_options=FAST)
+    step = jax.jit(sample, out_shardings=rows)
     args = parallel.place(decoding, where), parallel.place(prompts, rows), jax.random.key(5)
     assert_same(one, step(*args))
     found = hlo.report(step.lower(*args).compile().as_text()).collectives
