@@ -41,11 +41,6 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def is_main_process() -> bool:
-    """True on the one process that writes text."""
-    return jax.process_index() == 0
-
-
 def make_mesh(shape: config.Mesh, devices: list[Any] | None = None) -> Mesh:
     """A mesh (data, fsdp, tensor) over all devices; one axis may be -1, "what remains".
 

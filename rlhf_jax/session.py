@@ -81,7 +81,7 @@ class Session:
 
         def dumped() -> Path:
             batch = parallel.fetch(dump())
-            return health.dump_arrays(path, batch) if parallel.is_main_process() else path
+            return health.dump_arrays(path, batch) if processes.is_writer() else path
 
         health.require_finite_steps(int(bad), self.settings.health, dumped, step=step)
         self.watchdog.beat(step)
@@ -115,7 +115,7 @@ class Session:
 
     def show(self) -> None:
         """Write report.html anew."""
-        if parallel.is_main_process():
+        if processes.is_writer():
             report.write_report([self.directory.path], self.directory.path / "report.html")
 
 
@@ -145,7 +145,7 @@ def open_session(
             """On the progress line's terminal once there is one."""
             if pens:
                 pens[0].note(text)
-            elif parallel.is_main_process():
+            elif processes.is_writer():
                 Unheard(sys.stderr).write(f"{text}\n")
 
         interrupts = stack.enter_context(Interrupts(say=say))

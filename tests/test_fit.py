@@ -273,10 +273,10 @@ def test_what_is_resident_on_a_cpu_is_parked_nowhere_else_and_an_average_is_cast
 def test_between_slices_the_network_is_what_bounds() -> None:
     chip = topologies.CHIPS["v5e"]
     moved = {"all-reduce": hlo.Traffic(1, 2e9), "all-reduce between slices": hlo.Traffic(1, 1e9)}
-    found = fit.estimate("", 1e12, hlo.Report(moved, 0.0, 0.0, 0, []), chip)
+    found = fit.estimate("", 1e12, hlo.Report(moved, 0.0, 0.0, 0), chip)
     assert (found.bound, found.seconds) == ("network", pytest.approx(1e9 * 8 / 25e9))  # 25 Gbit/s a chip
     del moved["all-reduce between slices"]
-    found = fit.estimate("", 1e12, hlo.Report(moved, 0.0, 0.0, 0, []), chip)
+    found = fit.estimate("", 1e12, hlo.Report(moved, 0.0, 0.0, 0), chip)
     assert (found.bound, found.seconds) == ("links", pytest.approx(2e9 / chip.link_bytes))
 
 
