@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from rlhf_jax import config
 from rlhf_jax.errors import UserError
 
 
@@ -35,6 +34,8 @@ MaxLength = Annotated[
 
 
 def _not_too_cold(temperature: float) -> float:
+    from rlhf_jax import config
+
     if 0 < temperature < config.COLDEST:
         raise UserError(f"--temperature {temperature:g}: must be 0 (the likeliest token) or at least {config.COLDEST:g}")
     return temperature
