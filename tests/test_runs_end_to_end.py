@@ -61,10 +61,11 @@ def ppo_run(out: Path, tuned: Path, scorer: Path | None, **changes: Any) -> conf
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a fine-tuned model and a reward model."""
+def base(tmp_path_factory: pytest.TempPathFactory, on_one_device: Any) -> Path:
+    """A directory with a fine-tuned model and a reward model, one made on one device and one on all."""
     out = tmp_path_factory.mktemp("runs")
-    offline.run("sft", sft_run(out / "sft"))
+    with on_one_device():
+        offline.run("sft", sft_run(out / "sft"))
     offline.run("reward", reward_run(out / "reward", out / "sft" / "final"))
     return out
 

@@ -252,10 +252,10 @@ def test_a_score_is_the_head_at_the_last_token():
     model = scorer.open_scorer(directories.reward_model(), mesh=config.Mesh(data=1, fsdp=1), devices=jax.devices()[:1])
     found = models.load_checkpoint(directories.reward_model(), head="score")
     plain = models.make_model(found.spec)
+    whole = jax.jit(lambda params, tokens: plain.score(params, plain.hidden(params, tokens, jnp.ones_like(tokens, bool))))
     rows = [list(range(10, 10 + length)) for length in (1, 7, 31, 32, 33)]
     for row, score in zip(rows, model.score(rows), strict=True):
-        tokens = jnp.asarray([row])
-        raw = plain.score(found.params, plain.hidden(found.params, tokens, jnp.ones_like(tokens, bool)))[0, -1]
+        raw = whole(found.params, jnp.asarray([row]))[0, -1]
         assert score == pytest.approx((float(raw) - found.calibration.mean) / found.calibration.std, abs=1e-5)
 
 

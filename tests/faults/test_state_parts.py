@@ -61,11 +61,12 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory, on_one_device) -> Run:
     path = stages.write_configs(tmp_path_factory.mktemp("parts"))["alone"]
     keys = ["ppo.ptx_coef=0", "ptx_data=null", "health.entropy_nats=100"]  # an alarm that is on all the time
     settings = config_file.load(path, keys, STAGES["ppo"])
-    return Run(setups.set_up_online(setups.plan_online("ppo", settings)), last=4)
+    with on_one_device():
+        return Run(setups.set_up_online(setups.plan_online("ppo", settings)), last=4)
 
 
 @pytest.fixture(scope="module")
