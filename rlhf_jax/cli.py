@@ -304,7 +304,7 @@ def _stage_of(path: Path) -> str:
 
 
 def _escaped(error: Any) -> tuple[str, int]:
-    r"""Characters that a stream's encoding lacks, as \uXXXX: what is JSON stays JSON."""
+    """Characters that a stream's encoding lacks, escaped as JSON escapes them: what is JSON stays JSON."""
     import json
 
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
