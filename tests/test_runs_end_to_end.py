@@ -376,6 +376,7 @@ def test_grpo_runs_through_the_same_loop_without_a_critic_on_prompts_of_two_widt
     assert compiled == {"sync": 1, "rollout": 2, "answer": 1, "score": 2, "learn": 2}  # 8 of at most 8
 
 
+@pytest.mark.usefixtures("one_device")  # as the run that it equals
 def test_a_trace_of_one_step_is_written_and_nothing_else_changes(base: Path, tmp_path: Path) -> None:
     out = offline.run("sft", sft_run(tmp_path / "sft", log=dataclasses.replace(LOG, profile_step=3)))
     assert [path.suffix for path in (out / "profile").rglob("*.pb")] == [".pb"]
