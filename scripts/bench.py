@@ -78,12 +78,12 @@ TARGETS = {  # (row, peer): at least this many times as fast
 class Side:
     """A process that works when it is told to."""
 
-    def __init__(self, name: str, python: str, driver: str, *args: str, log: Path):
+    def __init__(self, name: str, python: str, driver: str, *args: str, log: Path, platform: str = "cpu"):
         self.name, self.log = name, log / f"{name}-{args[-1].strip('-')}.log"
         command = [python, str(PEERS / f"with_{driver}.py"), str(log), *args]
         with self.log.open("w") as errors:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-            self.process = subprocess.Popen(command, text=True, env=environment(log), **pipes)
+            self.process = subprocess.Popen(command, text=True, env=environment(log, platform=platform), **pipes)
         self.works = self.read().get("ready", [])
 
     def read(self) -> dict[str, Any]:
@@ -114,11 +114,11 @@ class Side:
         return float("nan")
 
 
-def environment(directory: Path, cache: str = "xla") -> dict[str, str]:
+def environment(directory: Path, cache: str = "xla", platform: str = "cpu") -> dict[str, str]:
     """Threads that wait sleep, so that a side whose turn it is not costs nothing; one compilation cache for all."""
     mine = {
         "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platform,
         "JAX_COMPILATION_CACHE_DIR": str(directory / cache),
         "OMP_WAIT_POLICY": "passive",
         "KMP_BLOCKTIME": "0",

@@ -5,7 +5,12 @@ import math
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from rlhf_jax import models
+from rlhf_jax.fit_flops import count_flops
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 DRIVER = """
@@ -58,3 +63,28 @@ def test_a_start_is_timed_to_its_first_iteration_and_to_its_end(bench, tmp_path:
         assert math.isnan(never.iteration)
         assert never.end > 0
         assert all(math.isnan(x) for x in bench.start([sys.executable, "-c", "1 / 0"], told, b"", tmp_path, "xla", out))
+
+
+def test_the_least_work_of_an_accelerator_is_that_of_the_program(bench):
+    """FLOP of what is traced, but for attention's upper half and the head before the response; bytes of every matrix once."""
+    accelerator = importlib.import_module("bench_accelerator")
+    shape = bench.QWEN | accelerator.SHAPES["tiny"]
+    batch, prompt, response, width, layers = 4, 32, 16, shape["hidden_size"], shape["num_hidden_layers"]
+    model = models.make_model(models.spec_of(shape))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    arrays = [jax.ShapeDtypeStruct((batch, prompt + response), dtype) for dtype in (jnp.int32, bool)]
+    trunk = count_flops(jax.jit(model.hidden).trace(params, *arrays).jaxpr)
+    least, one = accelerator.least(shape, batch, prompt, response), accelerator.least(shape, batch, prompt, 2)
+    half = layers * 2 * width * batch * (prompt + response) ** 2
+    head = 2 * width * shape["vocab_size"] * batch * response
+    assert least.forward == trunk - half + head
+    assert least.update == 3 * (2 * (trunk - half) + head)
+    matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1 and leaf.shape[-1] > 1)
+    biases = sum(math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "bias" in str(path))
+    norms = (2 * layers) * width
+    keys = 2 * layers * shape["num_key_value_heads"] * width // shape["num_attention_heads"]
+    assert one.decode == 2 * (matrices - biases - norms + batch * keys * (prompt + 1))
+    assert (
+        accelerator.told("decode", {"rollout": 3.0, "prefill": 1.0}, least, 64, accelerator.Rates("chip", 1.0, least.decode))[2]
+        == 0.5
+    )

@@ -3,6 +3,7 @@
 python with_rlhf_jax.py DIRECTORY serve|loop|loop-model
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -36,9 +37,10 @@ def parts(directory: str) -> dict:
     mesh, spec = parallel.make_mesh(config.Mesh()), models.spec_of(shape["config"])
     settings = config.PPORun(
         batch_size=batch,
+        model=config.Model(**shape.get("model", {})),
         data=config.Data(task="reviews"),
         sampling=config.Sampling(max_new_tokens=response),
-        ppo=config.PPO(epochs=1, minibatches=1),
+        ppo=config.PPO(epochs=1, minibatches=1, micro_batches=shape.get("micro_batches", 1)),
     )
     roles = {"actor": ("lm", True), "critic": ("value", True), "reference": ("lm", False)}
     models_ = {
@@ -47,8 +49,9 @@ def parts(directory: str) -> dict:
         if shape["update"] or name != "critic"
     }
     model = models_["actor"].model
-    init = jax.jit(model.init, static_argnames="head")
-    params = {name: init(jax.random.key(n), head=roles[name][0]) for n, name in enumerate(models_)}
+    kept = build.dtype(settings.model.param_dtype)
+    init = jax.jit(lambda key, head: jax.tree.map(lambda leaf: leaf.astype(kept), model.init(key, head=head)), static_argnums=1)
+    params = {name: init(jax.random.key(n), roles[name][0]) for n, name in enumerate(models_)}
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(3, vocab, (batch, prompt)), jnp.int32)
     prompts = Prompts(tokens=tokens, mask=jnp.ones((batch, prompt), bool), index=jnp.arange(batch), sample=jnp.zeros(batch, int))
@@ -59,7 +62,9 @@ def parts(directory: str) -> dict:
     decoding = jax.jit(model.for_decoding)(params["actor"])
     rollout = sample(decoding, prompts, jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), 100_000))
+    one = jax.jit(sampling.make_sampler(model, dataclasses.replace(settings.sampling, max_new_tokens=1), **stops))
     works = {
+        "prefill": lambda: jax.block_until_ready(one(decoding, prompts, next(keys))),
         "rollout": lambda: jax.block_until_ready(sample(decoding, prompts, next(keys))),
         "score": lambda: jax.block_until_ready(scorer(params["actor"], None, frozen, rollout)),
     }
