@@ -82,9 +82,9 @@ PACK='git ls-files -coz --exclude-standard | while IFS= read -rd "" f; do [ ! -e
 PACK="$PACK"' | tar -czf "$0" --no-recursion --null -T -'
 
 install() {
-  run bash -o pipefail -c "$PACK" "$archive"
-  tpu scp "$archive" "$name:rlhf-jax.tar.gz" "${where[@]}" --worker=all
-  [ -z "$setup" ] || everywhere "$setup"
+  run bash -o pipefail -c "$PACK" "$archive" || exit
+  tpu scp "$archive" "$name:rlhf-jax.tar.gz" "${where[@]}" --worker=all || return
+  [ -z "$setup" ] || everywhere "$setup" || return
   everywhere "mkdir -p rlhf-jax && tar -xzf rlhf-jax.tar.gz -C rlhf-jax && cd rlhf-jax && bash scripts/tpu_install.sh"
 }
 
@@ -112,11 +112,15 @@ for ((attempt = 0; attempt <= restarts; attempt++)); do
     [ -z "$create" ] && [ "$attempt" = 0 ] || make_slice
     installed=
   fi
-  [ -n "$installed" ] || install
-  installed=yes
   status=0
-  start "$@" || status=$?
-  collect
+  if [ -z "$installed" ] && ! install; then
+    status=255 # the slice may be gone again
+    [ "$(state)" != READY ] || { echo "$name could not be made ready for the run: see above" >&2; exit 1; }
+  else
+    installed=yes
+    start "$@" || status=$?
+    collect
+  fi
   [ -z "$dry" ] || exit 0
   case $status in
     0 | 2) exit "$status" ;;

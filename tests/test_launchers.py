@@ -22,7 +22,8 @@ SCRIPT = ROOT / "scripts" / "tpu_vm.sh"
 WHERE = ["--name", "pod", "--zone", "us-west4-a"]
 RUN = ["--", "ppo", "configs/ppo_llama3_8b_v5e64.yaml", "out=/mnt/share/run", "data.path=my prompts.jsonl"]
 
-# Writes down what it was asked; states, and statuses of the run and of creating a slice, come from files, a line for every call.
+# Writes down what it was asked; states, and statuses of the run, of installing and of creating a slice, come from files, a line
+# for every call.
 # A state that is no word of gcloud's is what it says on stderr. A run that is "lost" goes on without its connection.
 GCLOUD = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$FAKE/calls"
@@ -33,6 +34,7 @@ case "$*" in
     case $found in READY | PREEMPTED) echo "$found" ;; *) echo "ERROR: $found" >&2; exit 1 ;; esac ;;
   *"tpu-vm create"*) exit "$(($(next creates)))" ;;
   *pod:rlhf-jax.tar.gz*) cp "$5" "$FAKE/sent.tar.gz" ;;
+  *tpu_install.sh*) exit "$(($(next installs)))" ;;
   *worker.status*) cd "$FAKE" && bash -c "${!##--command=}" ;;
   *tpu_worker.sh*)
     status=$(next runs)
@@ -99,12 +101,18 @@ def launched(tmp_path):
     """launched(statuses, states, *options) -> exit status, the commands that gcloud was given. What it said lies in `said`."""
 
     def launch(
-        statuses: list[Any], states: list[str], *options: str, creates: Sequence[int] = (), script: Path = SCRIPT
+        statuses: list[Any],
+        states: list[str],
+        *options: str,
+        creates: Sequence[int] = (),
+        installs: Sequence[int] = (),
+        script: Path = SCRIPT,
     ) -> tuple[int, list[str]]:
         executable(tmp_path / "gcloud", GCLOUD)
         (tmp_path / "rlhf-jax").mkdir()
         (tmp_path / "rlhf-jax" / "worker.status").touch()
         (tmp_path / "creates").write_text("".join(f"{status}\n" for status in creates))
+        (tmp_path / "installs").write_text("".join(f"{status}\n" for status in installs))
         (tmp_path / "runs").write_text("".join(f"{status}\n" for status in statuses))
         (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
         variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "TPU_VM_PAUSE_S": "0"}
@@ -132,6 +140,21 @@ def test_asked_to_stop_it_starts_again_and_preempted_it_makes_the_slice_anew(lau
         *["describe", "ssh tpu_worker", *LOGS],  # the slice is there: nothing is installed again
     ]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["worker-0.log", "worker-1.log"]
+
+
+def test_preempted_while_it_installs_it_makes_the_slice_anew(launched):
+    status, calls = launched([0], ["READY", "PREEMPTED", "PREEMPTED", "PREEMPTED"], "--create", "--spot", installs=[1, 0])
+    assert status == 0
+    assert calls == [
+        *["describe", *INSTALL, "describe"],
+        *["describe", "describe", "delete", "create", *INSTALL, "ssh tpu_worker", *LOGS],
+    ]
+
+
+def test_what_cannot_be_installed_on_a_slice_that_is_there_ends_it(launched, tmp_path):
+    status, calls = launched([0], ["READY", "READY"], "--create", "--spot", installs=[2])
+    assert (status, calls) == (1, ["describe", *INSTALL, "describe"])
+    assert "pod could not be made ready for the run" in (tmp_path / "said").read_text()
 
 
 STARTED_AGAIN = (75, 134, 137, 139, 143)
