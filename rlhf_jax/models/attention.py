@@ -1,5 +1,6 @@
 """Which key a query sees, and softmax attention over those."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,9 +28,7 @@ class Keys(NamedTuple):
 def make_dense(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
     """Attention of one call. The layer says by number which of the windows is its own; q may be of the last tokens only."""
     visible = tuple(within_window(keys, window) for window in windows)
-    bias = None
-    if spec.positions == "alibi":
-        bias = position_bias(keys, alibi_slopes(spec.heads) * np.float32(spec.alibi_scale))
+    bias = position_bias(spec, keys) if spec.positions == "alibi" else None
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, window: Any, scale: Any, sinks: jax.Array | None) -> jax.Array:
         n = q.shape[1]
@@ -42,9 +41,7 @@ def make_dense(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
 def make_cached(spec: Spec, keys: Keys, windows: list[int | None]) -> Attend:
     """As `make_dense` for one query a row, with keys and values as the cache holds them (see `attend_cached`)."""
     visible = tuple(within_window(keys, window)[:, 0] for window in windows)
-    bias = None
-    if spec.positions == "alibi":
-        bias = position_bias(keys, alibi_slopes(spec.heads) * np.float32(spec.alibi_scale))[:, :, 0]
+    bias = position_bias(spec, keys)[:, :, 0] if spec.positions == "alibi" else None
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, window: Any, scale: Any, sinks: jax.Array | None) -> jax.Array:
         seen = pick(visible, window)
@@ -95,10 +92,19 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.asarray(slopes, np.float32)
 
 
-def position_bias(keys: Keys, slopes: np.ndarray) -> jax.Array:
-    """f32[B, heads, T, S]: slope * (key position - query position)."""
-    distance = (keys.key_positions[:, None, :] - keys.query_positions[:, :, None]).astype(jnp.float32)
-    return jnp.asarray(slopes)[None, :, None, None] * distance[:, None]
+def position_bias(spec: Spec, keys: Keys) -> jax.Array:
+    """f32[B, heads, T, S]: scale * slope * (key position - query position).
+
+    `alibi_rounds`: slope, position and their product are each rounded to bfloat16, as transformers computes Falcon's
+    (`build_alibi_tensor`, of the key alone: what is taken off for the query is one number a row, which no softmax sees).
+    """
+    scale, slopes = np.float32(spec.alibi_scale), jnp.asarray(alibi_slopes(spec.heads))[None, :, None, None]
+    q = keys.query_positions[:, None, :, None].astype(jnp.float32)
+    k = keys.key_positions[:, None, None, :].astype(jnp.float32)
+    if not spec.alibi_rounds:
+        return slopes * scale * (k - q)
+    rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)  # XLA may leave out a pair of casts
+    return scale * (rounded(rounded(slopes) * rounded(k)) - rounded(rounded(slopes) * rounded(q)))
 
 
 def attend(

@@ -72,6 +72,7 @@ class Spec:
     position_rows: int = 0  # learned: rows of the table
     position_offset: int = 0  # learned: row of position 0
     alibi_scale: float = 1.0
+    alibi_rounds: bool = False  # to bfloat16, see `attention.position_bias`
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 sys.path.insert(0, str(Path(__file__).parent))
 import variants as cases
 
-ROWS, PROMPTS, NEW, COLUMNS, LONG_ROW = (16, 11, 6), (12, 8, 5), 24, 20, 30
+ROWS, PROMPTS, NEW, COLUMNS, LONG_ROW, FAR_ROW = (16, 11, 6), (12, 8, 5), 24, 20, 30, 300
 MARGIN = 1e-2
 
 
@@ -80,6 +80,8 @@ def references(name: str, seed: int) -> tuple[dict[str, np.ndarray], float, dict
         if name in cases.LONG:
             long, ones = tokens_of((LONG_ROW,), 3)
             found["long"] = forward(model, long, ones)[..., :: cases.VOCAB // COLUMNS].numpy()
+        if name in cases.FAR:
+            found["far"] = forward(model, *tokens_of((FAR_ROW,), 4))[:, -LONG_ROW:, :: cases.VOCAB // COLUMNS].numpy()
         prompts, prompt_mask = tokens_of(PROMPTS, 2)
         forget(model)
         model.generation_config = GenerationConfig(
@@ -159,7 +161,12 @@ def main() -> None:
         arrays |= {f"{name}/{key}": value.astype(np.int32 if key == "greedy" else np.float32) for key, value in outputs.items()}
         about["variants"][name] = {"seed": seed, "config": config, "shapes": shapes}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    for key, (lengths, seed) in {"rows": (ROWS, 1), "prompts": (PROMPTS, 2), "long": ((LONG_ROW,), 3)}.items():
+    for key, (lengths, seed) in {
+        "rows": (ROWS, 1),
+        "prompts": (PROMPTS, 2),
+        "long": ((LONG_ROW,), 3),
+        "far": ((FAR_ROW,), 4),
+    }.items():
         arrays[f"tokens/{key}"], arrays[f"mask/{key}"] = (x.astype(np.int32) for x in tokens_of(lengths, seed))
     np.savez_compressed(Path(__file__).with_name("references.npz"), **arrays)
 

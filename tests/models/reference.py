@@ -30,7 +30,7 @@ def _file() -> dict[str, np.ndarray]:
 
 
 def tokens(kind: str, side: str = "left") -> tuple[np.ndarray, np.ndarray]:
-    """i32[B, T] and bool[B, T] of "rows", "prompts" or "long"."""
+    """i32[B, T] and bool[B, T] of "rows", "prompts", "long" or "far"."""
     ids, mask = _file()[f"tokens/{kind}"], _file()[f"mask/{kind}"].astype(bool)
     if side == "left":
         return ids, mask

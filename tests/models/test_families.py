@@ -56,10 +56,11 @@ def test_logits_and_scores_are_those_of_transformers(name, tmp_path, monkeypatch
         np.testing.assert_allclose(np.asarray(scores)[rows][np.arange(3), at], expected["score"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", cases.LONG)
-def test_ropes_that_change_beyond_a_length(name, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), [*((n, "long") for n in cases.LONG), *((n, "far") for n in cases.FAR)])
+def test_positions_whose_meaning_changes_beyond_a_length(name, kind, tmp_path):
     checkpoint = load_checkpoint(ref.checkpoint(tmp_path, name))
     model = make_model(checkpoint.spec)
-    ids, mask = ref.tokens("long")
+    ids, mask = ref.tokens(kind)
     logits = jax.jit(lambda p: model.logits(p, model.hidden(p, ids, mask)), compiler_options=ref.FAST)(checkpoint.params)
-    np.testing.assert_allclose(logits[..., :: cases.VOCAB // 20], ref.reference(name).outputs["long"], atol=1e-4, rtol=0)
+    expected = ref.reference(name).outputs[kind]
+    np.testing.assert_allclose(logits[:, -expected.shape[1] :, :: cases.VOCAB // 20], expected, atol=1e-4, rtol=0)

@@ -119,12 +119,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_11b": ("falcon", plain(**FALCON, num_kv_heads=3, new_decoder_architecture=True, num_ln_in_parallel_attn=1,
                                    tie_word_embeddings=False, rope_parameters=rope(100.0))),
     "falcon_rw": ("falcon", plain(**FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True)),
+    "falcon_rw_12_heads": ("falcon", plain(**FALCON | {"num_attention_heads": 12}, alibi=True, multi_query=False,
+                                           parallel_attn=False, bias=True)),
     "bloom": ("bloom", plain(hidden_size=36, n_layer=2, n_head=6, layer_norm_epsilon=EPS)),
 }  # fmt: skip
 
 # Eager Falcon adds ALiBi twice in transformers 5 (in the mask and in the layer); sdpa adds it once.
-EAGER = {name: name != "falcon_rw" for name in VARIANTS}
+EAGER = {name: not name.startswith("falcon_rw") for name in VARIANTS}
 LONG = ("llama_dynamic", "phi3")  # their ropes change with the length: one long row too
+FAR = ("falcon_rw_12_heads",)  # rounds its slopes, and positions beyond 256: the end of a longer row too
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -27,6 +27,7 @@ def spec(config: dict[str, Any]) -> Spec:
         kv_heads=grouped if many else 1,
         positions="alibi" if alibi else "rope",
         alibi_scale=(width // heads) ** -0.5,
+        alibi_rounds=True,
         branches=parallel if config.get("parallel_attn", True) else "serial",
         act=act_name(config.get("activation", "gelu")),
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
