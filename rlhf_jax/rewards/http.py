@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -20,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
-from rlhf_jax.rewards.check import RewardError, checked
+from rlhf_jax.errors import UserError, without_secrets
+from rlhf_jax.rewards.check import RewardError, checked, shorten
 from rlhf_jax.types import RewardInput
 
 CONNECT_S = 10.0
@@ -42,23 +43,43 @@ def http_reward(
 ) -> Callable[[RewardInput], np.ndarray]:
     """A reward function that asks a server.
 
-    `timeout_s` bounds the wait of one attempt for its answer; the whole call takes at most 4 attempts and 3.5 s of pauses (half
-    as much again with jitter). Errors: `UserError` for a bad URL, `RewardError` for a server that fails.
+    `timeout_s` bounds one attempt as a whole, once it is connected; the call takes at most 4 attempts and 3.5 s of pauses (half
+    as much again with jitter). Errors: `UserError` for a bad URL or token, `RewardError` for a server that fails.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise UserError(f"reward.url: {_shown(url)!r} must be http://host[:port]/path or https://…, without a password in it")
-    return functools.partial(_ask, url, timeout_s, sleep)
+    try:
+        _address(url)
+    except ValueError:
+        raise UserError(
+            f"reward.url: {_shown(url)!r} must be http://host[:port]/path or https://…, in ASCII, without a password in it"
+        ) from None
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if token := os.environ.get("RLHF_JAX_REWARD_TOKEN", "").strip():
+        if not (token.isascii() and token.isprintable()):  # http.client would print it
+            raise UserError("RLHF_JAX_REWARD_TOKEN (not shown) holds what is no printable ASCII; set it anew, on one line")
+        headers["Authorization"] = f"Bearer {token}"
+    return functools.partial(_ask, url, headers, timeout_s, sleep)
 
 
-def _ask(url: str, timeout_s: float, sleep: Callable[[float], None], batch: RewardInput) -> np.ndarray:
+def _address(url: str, base: str = "") -> urllib.parse.SplitResult:
+    """The parts of an address, read from `base`. Errors: `ValueError` for one that no server can be asked at."""
+    parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url))
+    whole = parts.geturl()
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.port == 0:
+        raise ValueError("not HTTP, no host, a password or port 0")
+    if not (whole.isascii() and whole.isprintable()) or " " in whole:
+        raise ValueError("characters that must be encoded")
+    parts.hostname.encode("idna")  # no empty or endless labels
+    return parts
+
+
+def _ask(url: str, headers: dict[str, str], timeout_s: float, sleep: Callable[[float], None], batch: RewardInput) -> np.ndarray:
     finished = np.asarray(batch.finished, bool).tolist()
     request = {"prompts": batch.prompts, "responses": batch.responses, "finished": finished, "columns": _strict(batch.columns)}
     body = json.dumps(request, default=str).encode()
     jitter = random.Random(len(body))  # noqa: S311  (spreads retries; not a secret)
     for attempt in range(RETRIES + 1):
         try:
-            raw = _post(url, body, timeout_s)
+            raw = _post(url, headers, body, timeout_s)
         except _Retry as error:
             if attempt == RETRIES:
                 raise RewardError(
@@ -92,46 +113,52 @@ def _scores(raw: bytes, url: str, batch: RewardInput) -> np.ndarray:
     return checked(scores, len(batch.responses), f"url {_shown(url)}", batch.prompts)
 
 
-def _post(url: str, body: bytes, timeout_s: float) -> bytes:
+def _post(url: str, headers: dict[str, str], body: bytes, timeout_s: float) -> bytes:
     """One attempt: follows redirects on the same host only. Raises `_Retry` for what may pass, else `RewardError`."""
-    first = urllib.parse.urlsplit(url)
+    first = parts = _address(url)
     for _ in range(_MAX_REDIRECTS + 1):
-        parts = urllib.parse.urlsplit(url)
-        if (parts.scheme, parts.hostname, parts.port) != (first.scheme, first.hostname, first.port):
-            raise RewardError(f"reward.url: {first.hostname} redirects to another host ({parts.hostname}:{parts.port}); refused")
-        status, location, raw = _exchange(parts, body, timeout_s)
+        status, location, raw = _exchange(parts, headers, body, timeout_s)
         if status in _REDIRECTS:
-            url = urllib.parse.urljoin(url, location or "")
+            try:
+                parts = _address(location or "", parts.geturl())
+                same = (parts.scheme, parts.hostname, parts.port) == (first.scheme, first.hostname, first.port)
+            except ValueError:
+                same = False
+            if not same:
+                where = shorten(_shown(location or ""))
+                raise RewardError(f"reward.url: {first.hostname} redirects to another host, or to no address: {where}; refused")
             continue
         if status in RETRIED:
             raise _Retry(f"HTTP {status}")
         if status != 200:
-            raise RewardError(f"reward.url: {_shown(url)}: HTTP {status}: {raw[:80]!r}; not tried again")
+            raise RewardError(f"reward.url: {_shown(parts.geturl())}: HTTP {status}: {raw[:80]!r}; not tried again")
         return raw
     raise RewardError(f"reward.url: {_shown(url)}: more than {_MAX_REDIRECTS} redirects")
 
 
-def _exchange(parts: urllib.parse.SplitResult, body: bytes, timeout_s: float) -> tuple[int, str | None, bytes]:
+def _exchange(
+    parts: urllib.parse.SplitResult, headers: dict[str, str], body: bytes, timeout_s: float
+) -> tuple[int, str | None, bytes]:
     make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = make(parts.hostname or "", parts.port, timeout=CONNECT_S)
-    deadline = time.monotonic() + CONNECT_S + timeout_s
     target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     over = threading.Event()
-    late = threading.Timer(CONNECT_S + timeout_s, _hang_up, (connection, over))  # for headers that trickle in, byte by byte
+    late = threading.Timer(timeout_s, _hang_up, (connection, over))  # for headers that trickle in, byte by byte
     late.daemon = True
     try:
         connection.connect()
+        deadline = time.monotonic() + timeout_s
         connection.sock.settimeout(timeout_s)
         late.start()
-        token = os.environ.get("RLHF_JAX_REWARD_TOKEN")
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        connection.request("POST", target, body, headers | ({"Authorization": f"Bearer {token}"} if token else {}))
+        connection.request("POST", target, body, headers)
         with connection.getresponse() as response:
             answer = response.status, response.getheader("Location"), _limited(response, connection.sock, deadline)
         if over.is_set():  # what was there when the line went dead may look whole
             raise TimeoutError("the answer took too long")
         return answer
     except (TimeoutError, ConnectionError, socket.gaierror, http.client.HTTPException, OSError) as error:
+        if over.is_set():  # the line was not lost, it was hung up
+            raise _Retry("TimeoutError: the answer took too long") from None
         raise _Retry(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
     finally:
         late.cancel()
@@ -163,7 +190,5 @@ def _limited(response: http.client.HTTPResponse, sock: Any, deadline: float) -> 
 
 
 def _shown(url: str) -> str:
-    """A URL for messages: without query and password, which may hold secrets."""
-    parts = urllib.parse.urlsplit(url)
-    place = parts.hostname or ""
-    return urllib.parse.urlunsplit((parts.scheme, place + (f":{parts.port}" if parts.port else ""), parts.path, "", ""))
+    """A URL, whole or not, for messages: without query and password, which may hold secrets."""
+    return without_secrets(re.split("[?#]", url)[0])

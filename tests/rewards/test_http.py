@@ -91,8 +91,9 @@ def test_scores_and_what_is_sent(server: Server):
         "finished": [True, False],
         "columns": {"answer": [1, "x"], "x": [None, {"y": [None]}]},
     }
+    server.gives((200, [3, True]))
+    assert _ask(server) == [3.0, 1.0]
     server.gives((200, [3, 4]))
-    assert _ask(server) == [3.0, 4.0]
     total, parts = make_reward(Reward(url=server.url, url_weight=0.5))(BATCH)
     assert total.tolist() == [1.5, 2.0]
     assert parts["reward/url"].tolist() == [3.0, 4.0]
@@ -169,8 +170,7 @@ def test_a_body_that_never_ends_is_cut_off(server: Server, monkeypatch: pytest.M
         _ask(server)
 
 
-def test_a_body_that_trickles_in_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rlhf_jax.rewards.http.CONNECT_S", 0.1)
+def test_a_body_that_trickles_in_is_cut_off(server: Server):
     server.gives((200, [1.0] * 500))
     server.trickle_s = 0.01  # each wait is short, the whole would take seconds
     begun = time.monotonic()
@@ -179,9 +179,7 @@ def test_a_body_that_trickles_in_is_cut_off(server: Server, monkeypatch: pytest.
     assert time.monotonic() - begun < 5
 
 
-def test_headers_that_trickle_in_are_cut_off(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rlhf_jax.rewards.http.CONNECT_S", 0.1)
-
+def test_headers_that_trickle_in_are_cut_off():
     def trickle(listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -208,7 +206,14 @@ def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytes
     _ask(server)
     monkeypatch.setenv("RLHF_JAX_REWARD_TOKEN", "t0ken")
     _ask(server)
-    assert server.authorizations == [None, "Bearer t0ken"]
+    monkeypatch.setenv("RLHF_JAX_REWARD_TOKEN", "t0ken\n")  # as `$(cat file)` does not, but others do
+    _ask(server)
+    assert server.authorizations == [None, "Bearer t0ken", "Bearer t0ken"]
+    for token in ("t0\nken", "t0kén"):
+        monkeypatch.setenv("RLHF_JAX_REWARD_TOKEN", token)
+        with pytest.raises(UserError, match=r"RLHF_JAX_REWARD_TOKEN .* no printable ASCII") as caught:
+            _ask(server)
+        assert "t0" not in str(caught.value)
 
 
 def test_a_body_that_breaks_off_is_tried_again(server: Server):
@@ -220,7 +225,8 @@ def test_redirects_stay_on_the_host(server: Server):
     server.answers = [(307, {"Location": "/other"}, b""), (200, {}, b"[1, 2]")]
     assert _ask(server) == [1.0, 2.0]
     assert [path for path, _ in server.requests] == ["/score?key=secret", "/other"]
-    for target in ("http://example.org/", "http://localhost:1/", "file:///etc/passwd", "https://127.0.0.1/"):
+    strange = ("http://[::1", "http://127.0.0.1:99999/", "/é", "/a b", "http://" + "x" * 64 + "/")
+    for target in ("http://example.org/", "http://localhost:1/", "file:///etc/passwd", "https://127.0.0.1/", *strange):
         server.requests.clear()
         server.answers = [(302, {"Location": target}, b"")]
         with pytest.raises(RewardError, match="redirects to another host"):
@@ -231,8 +237,22 @@ def test_redirects_stay_on_the_host(server: Server):
         _ask(server)
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "host:80", "file:///etc/passwd", "http://", "http://user:pass@host/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "ftp://host/x",
+            "host:80",
+            "file:///etc/passwd",
+            "http://",
+            "http://user:pass@host/",
+            "http://h:93110/x",
+            "http://h:x/",
+        ),
+        *("http://h:0/", "http://[::1/x", "http://h/é", "http://h/a b", "http://a..b/", "http://user:pass@host:x/"),
+    ],
+)
 def test_bad_urls(url: str):
-    with pytest.raises(UserError, match=r"reward\.url") as caught:
+    with pytest.raises(UserError, match=r"reward\.url: .* must be http") as caught:
         http_reward(url)
     assert "pass@" not in str(caught.value)
