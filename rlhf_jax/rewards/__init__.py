@@ -1,5 +1,6 @@
 """Host rewards: plain functions of prompts, responses and the data row's other columns, one a file."""
 
+import copy
 import functools
 import inspect
 import math
@@ -69,8 +70,11 @@ def make_reward(reward: config.Reward, tokenizer: Any = None) -> HostReward:
 
 
 def run_reward(function: Callable[[RewardInput], Any], batch: RewardInput, name: str, *, timeout_s: float) -> np.ndarray:
-    """One reward of one batch, checked: f32[B]. Errors: `RewardError`, naming the sample and its prompt where there is one."""
-    outcome = call(function, batch, timeout_s=timeout_s)
+    """One reward of one batch, checked: f32[B]. Errors: `RewardError`, naming the sample and its prompt where there is one.
+
+    The function gets a copy: what it changes is changed for no other reward, nor in the data.
+    """
+    outcome = call(function, copy.deepcopy(batch), timeout_s=timeout_s)
     if outcome.late:
         raise RewardError(
             f"reward {name}: no answer for {len(batch.responses)} samples within {timeout_s:g} s; raise reward.timeout_s"

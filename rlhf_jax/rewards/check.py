@@ -19,7 +19,7 @@ def checked(values: Any, count: int, name: str, prompts: Sequence[str]) -> np.nd
     """
     if values is None:
         raise RewardError(f"reward {name}: returned None; return one number for each of the {count} samples")
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__"):
+    if isinstance(values, str | bytes | dict | set | frozenset) or not hasattr(values, "__len__"):
         raise RewardError(f"reward {name}: returned {type(values).__name__}; return a list or array of {count} numbers")
     if len(values) != count:
         raise RewardError(

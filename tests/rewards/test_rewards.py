@@ -103,6 +103,20 @@ def test_functions_written_for_other_libraries(tmp_path: Path, signature: str):
         _run(f"{_file(tmp_path / 'b.py', 'def score(prompts): return [0.0]')}:score", batch, typo=1)
 
 
+def test_a_reward_that_changes_its_input_changes_it_for_nobody_else(tmp_path: Path):
+    code = (
+        "def ranks(batch):\n    batch.responses.sort(); batch.finished[:] = False; batch.columns['tags'][0].append('seen')\n"
+        "    return [float(len(batch.responses.pop())) for _ in batch.prompts]\n"
+    )
+    functions = (RewardFunction(function=f"{_file(tmp_path / 'mine.py', code)}:ranks"), RewardFunction(function="exact"))
+    batch = _batch(["b", "aa"], answer=["b", "c"], tags=[[], []])
+    _, parts = make_reward(Reward(functions=functions))(batch)
+    assert parts["reward/ranks"].tolist() == [1.0, 2.0]
+    assert parts["reward/exact"].tolist() == [1.0, 0.0]
+    assert batch.responses == ["b", "aa"]
+    assert batch.columns["tags"] == [[], []]
+
+
 def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
     target = _file(tmp_path / "mine.py", "def length(batch):\n    return [1.5] * len(batch.responses)\n")
     functions = (
@@ -136,6 +150,8 @@ def test_several_rewards_with_weights_are_logged_apart(tmp_path: Path):
         ("return 3.0", ("returned float",)),
         ("return 'abc'", ("returned str",)),
         ("return {0: 1, 1: 2, 2: 3}", ("returned dict",)),
+        ("return {1.0, 2.0, 3.0}", ("returned set",)),
+        ("del batch.responses[1:]; return [5.0]", ("returned 1 values for 3 samples",)),
         (
             "return [1 / len(r) for r in batch.responses]",
             ("raised ZeroDivisionError", "mine.py:2", "sample 1, prompt 'prompt 1'"),
