@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from rlhf_jax.models.families import family_of
+from rlhf_jax.models.rope import parameters_of
 from rlhf_jax.models.rules import Family
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Calibration
@@ -43,11 +44,11 @@ def class_name(family: Family, head: str) -> str:
 
 
 def both_ropes(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The keys of the rope in the spelling that `config` does not have."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
+    """The keys of the rope in the spelling that `config` does not have, or that does not count (see `rope.parameters_of`)."""
+    parameters = config.get("rope_parameters") or {}
+    if not parameters or (config.get("rope_scaling") and FULL not in parameters):
         return _newer(config)
-    full = dict(parameters.get(FULL, parameters))
+    full = dict(parameters_of(config, FULL))
     old: dict[str, Any] = {"rope_theta": full.pop("rope_theta", config.get("rope_theta"))}
     if SLIDING in parameters:
         old["rope_local_base_freq"] = parameters[SLIDING].get("rope_theta")

@@ -54,21 +54,15 @@ def make_rope(parameters: dict[str, Any], dims: int, *, theta: float, max_length
     )
 
 
-def from_config(
-    config: dict[str, Any], dims: int, *, theta: float = 10000.0, layer_type: str | None = None, scaled: bool = True
-) -> Rope:
+def from_config(config: dict[str, Any], dims: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
     """The rope of one kind of layer, read from `config.json` as transformers 5 or 4 writes it.
 
     Args:
         dims: dims of a head that turn.
         theta: base, where the config is silent.
-        layer_type: key of a nested `rope_parameters`, such as "full_attention".
-        scaled: False where the fourth generation's one `rope_scaling` does not concern this kind of layer.
+        layer_type: key of a nested `rope_parameters`, "full_attention" or "sliding_attention".
     """
-    parameters = config.get("rope_parameters") or {}
-    parameters = parameters.get(layer_type, parameters)
-    if not parameters:
-        parameters = (config.get("rope_scaling") or {}) if scaled else {}
+    parameters = parameters_of(config, layer_type)
     theta = config.get("rope_theta") or theta
     original = config.get("original_max_position_embeddings")  # Phi-3 has it here, and it beats the nested one
     if original:
@@ -76,9 +70,23 @@ def from_config(
     return make_rope(parameters, dims, theta=theta, max_length=config.get("max_position_embeddings") or 0)
 
 
+def parameters_of(config: dict[str, Any], layer_type: str | None = None) -> dict[str, Any]:
+    """The rope of one kind of layer, where both generations' keys may be there.
+
+    As in transformers 5 (`convert_rope_params_to_dict`) `rope_scaling` stands in for `rope_parameters`; of ropes by kind of
+    layer it changes that of full attention, and it never concerns a layer with a window.
+    """
+    newer, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if layer_type == "sliding_attention":
+        older = {}
+    if layer_type in newer:
+        return (newer[layer_type] or {}) | older
+    return older or newer
+
+
 def partial(config: dict[str, Any], default: float = 1.0) -> float:
     """Share of a head's dims that turn."""
-    nested = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    nested = parameters_of(config).get("partial_rotary_factor")
     found = nested if nested is not None else config.get("partial_rotary_factor")
     return default if found is None else float(found)
 

@@ -183,6 +183,29 @@ def test_version_four_spells_the_rope_otherwise(tmp_path):
         assert read_spec(ref.write(tmp_path / f"{name}-old", old, {})) == new, name
 
 
+@pytest.mark.parametrize("name", cases.TWO_ROPES)
+def test_the_older_key_of_the_rope_wins_as_in_transformers_5(name, tmp_path):
+    """Two spellings that differ: the one that counts is the one that comes back, under both keys."""
+    config = ref.reference(name).config
+    parameters, scaling = config["rope_parameters"], cases.TWO_ROPES[name]
+    both = read_spec(ref.write(tmp_path / "both", config | {"rope_scaling": scaling}, {}))
+    assert both != read_spec(ref.write(tmp_path / "newer", config, {}))
+    full = parameters.get(cases.FULL)
+    alone = {"rope_scaling": scaling, "rope_parameters": parameters | {cases.FULL: full | scaling} if full else None}
+    assert both == read_spec(ref.write(tmp_path / "alone", config | alone, {}))
+    source = ref.checkpoint(tmp_path, name)
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    found = load_checkpoint(source)
+    out = save_checkpoint(tmp_path / "out", found.spec, found.params)
+    written = json.loads((out / "config.json").read_text())
+    assert scaling.items() <= written["rope_scaling"].items()
+    assert read_spec(out) == both
+    again = load_checkpoint(out)
+    assert read_spec(save_checkpoint(tmp_path / "again", again.spec, again.params)) == both
+    edited = ref.write(tmp_path / "edited", written | {"rope_scaling": scaling | {"factor": 16.0}}, {})
+    assert read_spec(edited) != both
+
+
 def test_gemma_says_gelu_and_means_tanh(tmp_path):
     config = ref.reference("gemma").config
     assert read_spec(ref.write(tmp_path, config | {"hidden_act": "gelu"}, {})).act == "gelu_pytorch_tanh"

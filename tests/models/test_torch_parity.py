@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
-from rlhf_jax.models import load_checkpoint, make_model, roles, save_checkpoint
+from rlhf_jax.models import load_checkpoint, make_model, roles, save_checkpoint, spec_of
 from rlhf_jax.types import Calibration
 
 torch = pytest.importorskip("torch")
@@ -58,6 +58,17 @@ def test_transformers_loads_what_we_save(name, spelling, tmp_path):
     logits = theirs(transformers.AutoModelForCausalLM, out, ids, mask, eager=cases.EAGER[name])
     columns = logits[..., :: cases.VOCAB // 20]
     np.testing.assert_allclose(columns[mask], ref.reference(name).outputs["columns"][mask], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases.TWO_ROPES)
+def test_of_two_ropes_we_take_the_one_that_transformers_takes(name, tmp_path):
+    """As the file stands, and as it is after an export."""
+    source = ref.checkpoint(tmp_path, name)
+    config = ref.reference(name).config | {"rope_scaling": cases.TWO_ROPES[name]}
+    (source / "config.json").write_text(json.dumps(config))
+    found = load_checkpoint(source)
+    for directory in (source, save_checkpoint(tmp_path / "out", found.spec, found.params)):
+        assert spec_of(transformers.AutoConfig.from_pretrained(directory).to_dict()) == found.spec
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2", "gpt_neox", "gemma3_text", "opt_350m", "falcon_40b", "phi3"])

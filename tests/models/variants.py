@@ -129,6 +129,19 @@ EAGER = {name: not name.startswith("falcon_rw") for name in VARIANTS}
 LONG = ("llama_dynamic", "phi3")  # their ropes change with the length: one long row too
 FAR = ("falcon_rw_12_heads",)  # rounds its slopes, and positions beyond 256: the end of a longer row too
 
+# A second rope, under `rope_scaling`, for configs that have one under `rope_parameters`.
+TWO_ROPES = {
+    "llama": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama_linear_biases": {"type": "linear", "factor": 8.0},
+    "qwen2": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 32},
+    "gemma3_text": {"rope_type": "linear", "factor": 8.0},
+    "olmo3": {"factor": 8.0, "original_max_position_embeddings": 32},
+    "phi": {"rope_type": "linear", "factor": 2.0},
+    "gpt_neox": {"rope_type": "linear", "factor": 2.0},
+    "gpt_oss": {"rope_type": "linear", "factor": 2.0},
+}  # fmt: skip
+
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """f32 weights of one stored tensor: matrices by fan-in, vectors 1 (norms) or 0 plus noise."""

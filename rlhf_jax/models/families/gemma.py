@@ -57,7 +57,7 @@ def gemma3_spec(config: dict[str, Any]) -> Spec:
     local = {"rope_theta": config.get("rope_local_base_freq") or 10000.0}
     ropes = {
         FULL: rope.from_config({"rope_theta": 1e6} | config, spec.head_dim, layer_type=FULL),
-        SLIDING: rope.from_config(config | local, spec.head_dim, layer_type=SLIDING, scaled=False),
+        SLIDING: rope.from_config(config | local, spec.head_dim, layer_type=SLIDING),
     }
     return llama.per_layer(spec, rope=[ropes[kind] for kind in types])
 

@@ -19,10 +19,7 @@ def olmo3_spec(config: dict[str, Any]) -> Spec:
     """Three layers with a window to one without; only the latter's rope is scaled."""
     spec = olmo2_spec(config)
     types = config.get("layer_types") or [SLIDING if (i + 1) % 4 else FULL for i in range(len(spec.layers))]
-    ropes = {
-        kind: rope.from_config(config, spec.head_dim, theta=500000.0, layer_type=kind, scaled=kind == FULL)
-        for kind in (FULL, SLIDING)
-    }
+    ropes = {kind: rope.from_config(config, spec.head_dim, theta=500000.0, layer_type=kind) for kind in (FULL, SLIDING)}
     spec = llama.sliding(spec, config.get("sliding_window", 4096), types)
     return llama.per_layer(spec, rope=[ropes[kind] for kind in types])
 
