@@ -74,19 +74,20 @@ class Checkpoints:
         """UserError unless one more checkpoint of `state` (arrays or shapes) fits on the disk. Call it before compiling."""
         processes.fail_together(self._shortage(_bytes_of(state)) if processes.is_writer() else "")
 
-    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None, *, replace: bool = False) -> None:
         """Start to save; returns once `state` may be donated. First raises what went wrong with the save before.
 
         Rows of metrics and samples up to `step` must be on the disk before this call: a resumed run starts after `step`.
+        replace: another state than the newest checkpoint's, of the same step.
         """
         self.wait()
-        if step == self._newest:
+        if step == self._newest and not replace:
             return
         self._sweep()
         leaves = named_leaves(state)
         description = _describe(step, leaves, extra or {})
         size = _bytes_of(state)
-        processes.fail_together(self._prepare(step, size, description) if processes.is_writer() else "")
+        processes.fail_together(self._prepare(step, size, description, replace) if processes.is_writer() else "")
         processes.barrier(f"checkpoint-{step}-prepared")
         context = ocp.Context()
         context.array.saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
@@ -193,6 +194,7 @@ class Checkpoints:
         self._swept = True
         if not processes.is_writer() or not self.directory.is_dir():
             return
+        shelf.settle_replaced(self.directory)
         for path in shelf.leftovers(self.directory):
             if shelf.delete(path):
                 what = "a save that was interrupted" if path.suffix == shelf.PARTIAL else "a deletion that was interrupted"
@@ -213,13 +215,15 @@ class Checkpoints:
         steps = self.steps()
         return f"Checkpoint {steps[-1]} is intact." if steps else "There is no older checkpoint."
 
-    def _prepare(self, step: int, size: int, description: str) -> str:
+    def _prepare(self, step: int, size: int, description: str, replace: bool = False) -> str:
         """Make `<step>.partial` with marker and description; a message where that fails."""
         if message := self._shortage(size):
             return message
         final, partial = self.directory / str(step), self.directory / f"{step}{shelf.PARTIAL}"
         try:
-            if final.exists():
+            if final.exists() and replace:
+                final.rename(final.with_suffix(shelf.REPLACED))
+            elif final.exists():
                 aside = shelf.free_name(final, shelf.BROKEN)
                 final.rename(aside)
                 self._say(f"{final} was not the checkpoint this run started from; kept as {aside.name}")
@@ -254,6 +258,7 @@ class Checkpoints:
         self._retire()
 
     def _retire(self) -> None:
+        shelf.settle_replaced(self.directory)
         steps = self.steps()
         kept = set(steps[-self._keep_last :]) | {step for step in steps if self._keep_every and step % self._keep_every == 0}
         for step in set(steps) - kept:

@@ -393,8 +393,11 @@ class Recorder:
                     told.append(f"{path}: no rows of steps {named} (log.every={every}); they are not made again")
         old = read_summary(self.run_dir)
         if self._held >= 0 and old.get("stage") == self.stage:
-            with contextlib.suppress(TypeError, AttributeError, KeyError):  # somebody edited it: times only
-                self._phases = {cost.pop("name"): cost for cost in old["phases"]}
+            with contextlib.suppress(TypeError, KeyError, ValueError):  # somebody edited it: times only
+                self._phases = {
+                    str(cost["name"]): cost | {"wall_s": float(cost["wall_s"]), "calls": int(cost["calls"])}
+                    for cost in old["phases"]
+                }
             fixed = ("stage", "status", "step", "total_steps", "wall_s", "phases", "peak_rss_mb", "peak_device_mb")
             self._extra = {name: value for name, value in old.items() if name not in fixed}
         return removed, told

@@ -91,6 +91,8 @@ def train(setup: OnlineSetup, state: RunState, session: Session) -> RunState:
     pending: Pending | None = None
     if start == 0 or session.owes_evaluation:
         state = evaluate(setup, state, session, start)
+    if session.owes_evaluation:
+        session.save(start, state, replace=True)
     for step in range(start, settings.steps):
         session.begin(step + 1)
         key, batch = jax.random.fold_in(root, step), setup.prompts(step)

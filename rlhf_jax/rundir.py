@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import yaml
 
-from rlhf_jax import integrity, processes, shelf
+from rlhf_jax import hub, integrity, processes, shelf
 from rlhf_jax.errors import UserError, without_secrets
 
 _LOG = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary
 _OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
 _AROUND = ("tensorboard", "wandb", "profile", ".tracker_id")  # set aside with a run; by themselves they make none
 _FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
+_REPLACED = ("run.json", "config.resolved.yaml", "env.json")  # by every start
 _MAY_BE_MENDED = {"reward.functions"}  # a run that stopped at a faulty one goes on with another: told, not refused
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -45,8 +46,9 @@ _SHOWN = 8
 class RunDir:
     """An opened run directory. Close it (or use `with`) to give the lock back."""
 
-    def __init__(self, path: Path, record: dict[str, Any], lock: int | None):
-        self.path, self._record, self._lock = path, record, lock
+    def __init__(self, path: Path, record: dict[str, Any], lock: int | None, before: Mapping[str, str] | None = None):
+        """before: what the files that this start has replaced held, by name."""
+        self.path, self._record, self._lock, self._before = path, record, lock, before or {}
 
     @property
     def checkpoints(self) -> Path:
@@ -56,6 +58,17 @@ class RunDir:
     def completed_step(self) -> int | None:
         """The step at which the run was completed, exports included; None while it was not, and where `final/` is lost."""
         return self._record.get("completed_step")
+
+    @contextlib.contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """What is done here may yet refuse the run: then the record is again that of the start before."""
+        try:
+            yield
+        except UserError:
+            with self._writable():
+                for name, content in self._before.items():
+                    integrity.write_atomically(self.path / name, content)
+            raise
 
     def complete(self, step: int) -> None:
         """Remember that everything is done: training, evaluation, export. What was exported is forced to the disk first."""
@@ -126,7 +139,7 @@ def open_run(
 
 
 def fingerprint(source: str | os.PathLike[str] | None) -> str:
-    """What is hashed to tell whether an input is still the same: a file, the model files of a directory, else the name itself."""
+    """What is hashed to tell whether an input is still the same: a file, the model files of a directory, a hub name's commit."""
     if source is None:
         return "none"
     path = Path(source)
@@ -136,7 +149,7 @@ def fingerprint(source: str | os.PathLike[str] | None) -> str:
         names = [file.name for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file()]
         entries = integrity.hash_files(path, names)
         return f"directory:{integrity.hash_text(json.dumps(entries, sort_keys=True))}"
-    return f"name:{source}"
+    return f"name:{source}{'@' + hub.find(source, weights=False).name if hub.is_name(source) else ''}"
 
 
 def _difference(config_text: str, fingerprints: dict[str, str]) -> str:
@@ -197,6 +210,7 @@ def _open(
         same = earlier is None or _flat(earlier["config"]).get("steps") == _flat(config).get("steps")
         completed = record["completed_step"] if same and not _lost_export(path, record, say) else None
         record |= {"starts": [*record["starts"], start], "completed_step": completed}
+        before = {name: (path / name).read_text() for name in _REPLACED if earlier and (path / name).is_file()}
         _write_record(path, record)
         integrity.write_atomically(path / "config.resolved.yaml", config_text)
         integrity.write_atomically(path / "env.json", json.dumps(environment(), indent=1) + "\n")
@@ -206,7 +220,7 @@ def _open(
     except UserError:
         _let_go(lock)
         raise
-    return RunDir(path, record, lock)
+    return RunDir(path, record, lock, before)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -92,9 +92,7 @@ class Session:
         processes.fail_together(self.recorder.failed)
         asked = self.interrupts.poll()
         if asked or self.save_due(step):
-            with self.recorder.phase("save"):
-                processes.together(self.directory.sync)
-                self.checkpoints.save(step, state, {"step": step})
+            self.save(step, state)
         if asked or step == self.settings.steps:
             with self.recorder.phase("save"):
                 self.checkpoints.wait()  # what follows says that the step is saved: an export, the end, a message
@@ -106,6 +104,14 @@ class Session:
             processes.together(self.recorder.summary)
             processes.together(self.redraw)
         self.watchdog.pause()
+
+    def save(self, step: int, state: Any, *, replace: bool = False) -> None:
+        """Rows, then a checkpoint; replace: see `Checkpoints.save`."""
+        with self.recorder.phase("save"):
+            processes.together(self.directory.sync)
+            self.checkpoints.save(step, state, {"step": step}, replace=replace)
+            if replace:
+                self.checkpoints.wait()  # at the last step nothing comes after it
 
     def redraw(self) -> None:
         """Write report.html anew, unless its drawings have taken a twentieth of the run's time: the loop waits for them."""
@@ -165,7 +171,7 @@ def open_session(
         )
         restored = None
         if directory.completed_step is None:
-            with health.phase("load", sizes):
+            with directory.unless_refused(), health.phase("load", sizes):
                 restored = restore(checkpoints)
             environment.give_back()  # what was read and unpacked: 1.6 times the state
         recorder = processes.together(

@@ -75,6 +75,7 @@ class OnlinePlan:
         found = {name: fingerprint(path) for name, path in paths.items()}
         files = dict.fromkeys(each.function.rpartition(":")[0] for each in settings.reward.functions)
         found["reward.functions"] = ", ".join(fingerprint(path) for path in files if path) or "none"
+        found |= {} if self.ptx is None else {"ptx_data": self.ptx.fingerprint()}
         return found | {"data": self.data.fingerprint(), "tokenizer": self.tokenizer.hash}
 
     def sizes(self) -> dict[str, Any]:

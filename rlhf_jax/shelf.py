@@ -2,6 +2,7 @@
 
 30           finished             30.partial    being written, or left over from a kill
 30.broken    damaged, set aside   30.deleting   being removed, or left over from a kill
+30.replaced  another one of the same step is being written; it comes back where that is not finished
 30.part1     of a run of several processes: hashes of what process 1 wrote, until process 0 has taken them over. It lies beside
              the directory, which process 0 lists, hashes and renames while the others may still be writing theirs.
 """
@@ -15,7 +16,7 @@ MARKER = "rlhf_jax_checkpoint"  # a directory without this file is never renamed
 MARKER_TEXT = "A checkpoint of rlhf_jax. Directories without this file are never renamed or deleted by it.\n"
 DESCRIPTION = "checkpoint.json"
 _STATE = ("state", "state.orbax-checkpoint-tmp")
-PARTIAL, RETIRED, BROKEN = ".partial", ".deleting", ".broken"
+PARTIAL, RETIRED, BROKEN, REPLACED = ".partial", ".deleting", ".broken", ".replaced"
 
 
 def finished(directory: Path) -> Iterator[tuple[int, Path]]:
@@ -30,6 +31,15 @@ def finished(directory: Path) -> Iterator[tuple[int, Path]]:
 def leftovers(directory: Path) -> list[Path]:
     """What interrupted saves and deletions left behind."""
     return sorted(path for path in directory.iterdir() if path.suffix in (PARTIAL, RETIRED) and path.stem.isdecimal())
+
+
+def settle_replaced(directory: Path) -> None:
+    """Remove what was replaced, or put it back where a kill came before what was to replace it."""
+    for path in directory.glob(f"*{REPLACED}"):
+        if path.with_suffix("").exists():
+            delete(path)
+        elif path.stem.isdecimal() and (path / MARKER).is_file():
+            path.rename(path.with_suffix(""))
 
 
 def delete(path: Path) -> bool:

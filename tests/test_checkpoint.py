@@ -155,6 +155,24 @@ def test_saving_a_step_twice_writes_it_once(tmp_path):
     assert (tmp_path / "5" / "manifest.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_checkpoint_is_replaced_and_comes_back_where_a_kill_came_before_the_new_one(tmp_path, monkeypatch, killed):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, {"x": jnp.float32(1)}, {"owes": True})
+        checkpoints.wait()
+    if killed:
+        monkeypatch.setattr(Checkpoints, "_finish", lambda self, step, response: response.result())
+    with Checkpoints(tmp_path, say=lambda text: None) as checkpoints:
+        checkpoints.restore({"x": jnp.float32(0)})
+        checkpoints.save(5, {"x": jnp.float32(2)}, replace=True)
+    assert (tmp_path / "5").exists() != killed
+    with Checkpoints(tmp_path, say=lambda text: None) as checkpoints:
+        found = checkpoints.restore({"x": jnp.float32(0)})
+    assert found is not None
+    assert (float(found.state["x"]), found.extra) == ((1.0, {"owes": True}) if killed else (2.0, {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "LATEST"]
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4

@@ -195,7 +195,9 @@ def test_what_kills_have_left_of_atomic_writes_is_removed_and_nothing_else_is(tm
         assert sorted(path.name for path in tmp_path.iterdir()) == [".final.partial", "mine.partial"]
 
 
-@pytest.mark.parametrize("phases", ["null", "[3]", "[{}]", "7"])
+@pytest.mark.parametrize(
+    "phases", ["null", "[3]", "[{}]", "7", '[{"name": "save", "wall_s": "x", "calls": 1}]', '[{"name": "save", "calls": 1}]']
+)
 def test_times_in_a_summary_that_cannot_be_read_stop_no_run(tmp_path, phases):
     (tmp_path / "summary.json").write_text('{"stage": "ppo", "numbers": {"gold": 1.5}, "phases": ' + phases + "}")
     with recorder(tmp_path, resume_step=3):

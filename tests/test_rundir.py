@@ -16,6 +16,7 @@ import yaml
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.rundir import environment, fingerprint, open_run
+from tests import directories
 
 CONFIG = {
     "out": "x",
@@ -243,7 +244,6 @@ def test_a_second_process_is_refused_and_a_dead_one_is_replaced(tmp_path):
 
 def test_fingerprints_follow_contents_not_places(tmp_path):
     assert fingerprint(None) == "none"
-    assert fingerprint("meta-llama/Llama-3.2-1B") == "name:meta-llama/Llama-3.2-1B"
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * 100)
@@ -256,6 +256,26 @@ def test_fingerprints_follow_contents_not_places(tmp_path):
     (tmp_path / "b.jsonl").write_text("{} \n")
     assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
     assert fingerprint(tmp_path / "a.jsonl") != fingerprint(tmp_path / "b.jsonl")
+
+
+def test_the_fingerprint_of_a_hub_name_follows_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path)
+    snapshot = directories.on_hub(tmp_path, directories.language_model())
+    assert fingerprint("org/tiny") == "name:org/tiny@abc"
+    snapshot.rename(snapshot.with_name("def"))
+    (snapshot.parents[1] / "refs" / "main").write_text("def")
+    assert fingerprint("org/tiny") == "name:org/tiny@def"
+
+
+def test_a_start_that_is_refused_while_it_loads_leaves_the_record_as_it_was(tmp_path):
+    with open_run(tmp_path, text(), PRINTS):
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with open_run(tmp_path, text(seed=3), PRINTS, override=["seed"]) as run:
+        assert "seed: 3" in (tmp_path / "config.resolved.yaml").read_text()
+        with pytest.raises(UserError, match="does not fit"), run.unless_refused():
+            raise UserError("checkpoint 10 does not fit this run")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_secrets_stay_out_of_what_is_written_down(tmp_path, monkeypatch):

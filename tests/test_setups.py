@@ -182,6 +182,16 @@ def test_a_reward_function_is_part_of_what_a_run_is(tmp_path):
     assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"reward.functions"}
 
 
+def test_the_file_of_the_pretraining_loss_is_part_of_what_a_run_is(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    prints = []
+    for word in ("good", "bad"):
+        file.write_text(f'{{"text": "a {word} one"}}\n' * 8)
+        run = ppo_run(tmp_path, ptx_data=config.Data(path=str(file)), ppo=config.PPO(ptx_coef=0.1))
+        prints.append(setups.plan_online("ppo", run).fingerprints)
+    assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"ptx_data"}
+
+
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [

@@ -1,6 +1,7 @@
 """Rows 5 and 37-42 of the fault matrix with PPO: asked to stop in a rollout, rewards that fail or teach nothing, explosions."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from rlhf_jax import online
 from rlhf_jax.checkpoint import read
 from tests.faults import stages
 
+LAST = 6  # step
 EVALUATION = 2  # calls: of the actor and of its moving average
 REWARD = """
 import numpy as np
@@ -94,9 +96,15 @@ def test_row_37_a_reward_that_fails_during_an_evaluation_keeps_the_training_and_
     assert status == 2
     assert "the judge is asleep" in text
     assert "Step 3 is saved" in text
+    write_reward(ppo, "raise ValueError('asleep again')", allowed=EVALUATION + LAST - 3)  # then the last evaluation
+    status, text = command("ppo", ppo, f"out={out}")
+    assert status == 2
+    assert f"Step {LAST} is saved" in text
     write_reward(ppo)
     assert command("ppo", ppo, f"out={out}")[0] == 0
     assert stages.outcome(out) == stages.outcome(out.parent / "ppo-whole")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == sorted(["3", str(LAST), "LATEST"])
+    assert json.loads((out / "checkpoints" / str(LAST) / "checkpoint.json").read_text())["extra"] == {"step": LAST}
 
 
 def test_rows_39_and_40_a_server_that_is_down_ends_the_run_within_bounds(command, ppo):
