@@ -1,6 +1,7 @@
 """A reward model from a directory that scores texts: for `rlhf-jax serve` and `rlhf-jax evaluate`.
 
-score = (raw - mean) / std at the last token, end-of-sequence included where the answer is finished, as in training.
+score = (raw - mean) / std at the last token that is not config.json's padding token, end-of-sequence included where the answer is
+finished: that of transformers for the same directory and tokens.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ import jax
 import numpy as np
 
 from rlhf_jax import build, config, parallel, scoring
-from rlhf_jax.algorithms.reward_model import last_score
 from rlhf_jax.build import Loaded
 from rlhf_jax.data.encode import sequence
 from rlhf_jax.data.formats import Text
@@ -71,7 +71,8 @@ def open_scorer(
     apply, calibration = scoring.make_score_apply(loaded.model), loaded.calibration
 
     def score(params: Params, batch: Sequences) -> jax.Array:
-        return (last_score(apply(params, None, batch), batch.mask) - calibration.mean) / calibration.std
+        ends = scoring.readable(batch.tokens, batch.mask, calibration.pad_id)
+        return (scoring.at_last_token(apply(params, None, batch), ends) - calibration.mean) / calibration.std
 
     compiled = parallel.compile_step(score, out=parallel.batch_sharding(where))
     parts = parallel.axis_size(where, "batch")

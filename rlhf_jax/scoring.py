@@ -115,11 +115,11 @@ def make_scorer(
 
 
 def make_reward_scorer(model: Model, calibration: Calibration | None = None) -> Callable[[Params, Rollout], jax.Array]:
-    """(params, rollout) -> f32[B]: (raw - mean) / std of the score at the last true token, end-of-sequence included."""
+    """(params, rollout) -> f32[B]: (raw - mean) / std of the score at the last `readable` token, end-of-sequence included."""
     calibration = calibration or Calibration()
 
     def score(params: Params, rollout: Rollout) -> jax.Array:
-        raw = score_at_end(model, params, rollout, seen_states(model, params, rollout))
+        raw = score_at_end(model, params, rollout, seen_states(model, params, rollout), calibration.pad_id)
         calibrated = (raw - calibration.mean) / calibration.std
         return calibrated if rollout.packed is None else jnp.where(rollout.packed.inside, calibrated, 0.0)
 
@@ -240,12 +240,23 @@ def by_response(batch: Batch, x: jax.Array) -> jax.Array:
     return jnp.where(batch.action_mask, x.ravel()[batch.packed.taken], 0.0)
 
 
-def score_at_end(model: Model, params: Params, rollout: Rollout, seen: jax.Array) -> jax.Array:
-    """Scalar head at each sequence's last token, f32[B], from the `seen_states`."""
+def score_at_end(model: Model, params: Params, rollout: Rollout, seen: jax.Array, pad_id: int | None = None) -> jax.Array:
+    """Scalar head at each sequence's last `readable` token, at the earliest the prompt's last: f32[B], from the `seen_states`."""
+    tokens, mask = (x[:, -1 - rollout.action_mask.shape[1] :] for x in (rollout.tokens, rollout.mask))
+    ends = readable(tokens, mask, pad_id)
     if (rows := rollout.packed) is not None:
         scores = model.score(params, blanked(seen, rows.mask))  # scalars cross devices, not states
-        return jnp.where(rows.inside, scores.ravel()[rows.last], 0.0)
-    return model.score(params, at_last_token(seen, rollout.mask[:, -seen.shape[1] :]))
+        return jnp.where(rows.inside, scores.ravel()[rows.last - last_place(mask) + last_place(ends)], 0.0)
+    return model.score(params, at_last_token(seen, ends))
+
+
+def readable(tokens: jax.Array, mask: jax.Array, pad_id: int | None) -> jax.Array:
+    """bool[B, T]: a reward model's score is read at the last of these tokens: the real ones that are not `pad_id`.
+
+    Where padding is end-of-sequence (GPT-2, Pythia) that is the token *before* the final one, although the mask calls the end
+    real. Source: transformers, GenericForSequenceClassification.
+    """
+    return mask if pad_id is None else mask & (tokens != pad_id)
 
 
 def sequence_states(model: Model, params: Params, sequences: Sequences) -> jax.Array:
@@ -263,9 +274,12 @@ def blanked(states: jax.Array, mask: jax.Array) -> jax.Array:
 def at_last_token(x: jax.Array, mask: jax.Array) -> jax.Array:
     """x[b, t] of the last t where mask is True: [B, T, ...] -> [B, ...]; of t = 0 in a row without a token."""
     chex.assert_equal_shape_prefix([x, mask], 2)
-    place = lax.broadcasted_iota(jnp.int32, mask.shape, 1)
-    last = jnp.where(mask, place, 0).max(1)
-    return jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
+    return jnp.take_along_axis(x, last_place(mask).reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
+
+
+def last_place(mask: jax.Array) -> jax.Array:
+    """i32[B], the last t where mask bool[B, T] is True; 0 in a row without one."""
+    return jnp.where(mask, lax.broadcasted_iota(jnp.int32, mask.shape, 1), 0).max(1)
 
 
 def check_temperature(temperature: float) -> None:

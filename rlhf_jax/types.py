@@ -198,10 +198,14 @@ class Model:
 
 
 class Calibration(NamedTuple):
-    """score = (raw - mean) / std: answers of the pairs it was trained on score 0 on average, with spread 1."""
+    """score = (raw - mean) / std: answers of the pairs it was trained on score 0 on average, with spread 1.
+
+    raw is the scalar head at the last token that is not `pad_id`: see `scoring.readable`.
+    """
 
     mean: float = 0.0
     std: float = 1.0
+    pad_id: int | None = None  # config.json's, of a reward model that is read from a directory
 
 
 class RewardInput(NamedTuple):

@@ -94,8 +94,9 @@ def test_scores_are_those_of_the_plain_batch(old_logprobs: str):
     frozen = Frozen(reference=REFERENCE)
     plain = jax.jit(score)(ACTOR, CRITIC, frozen, rollout)
     close(jax.jit(lambda x: packed.summed(PACKING, lambda part: score(ACTOR, CRITIC, frozen, part), x))(rollout), plain)
-    reward = scoring.make_reward_scorer(MODEL, Calibration(0.3, 2.0))
-    close(packed.summed(PACKING, lambda part: reward(CRITIC, part), rollout), reward(CRITIC, rollout))
+    for pad_id in (None, 1):  # which ends some answers
+        reward = scoring.make_reward_scorer(MODEL, Calibration(0.3, 2.0, pad_id))
+        close(packed.summed(PACKING, lambda part, reward=reward: reward(CRITIC, part), rollout), reward(CRITIC, rollout))
 
 
 LLAMA = config.Model(

@@ -159,6 +159,22 @@ def test_score_stands_at_the_last_true_token():
     assert not bool(empty.action_mask[0].any())
 
 
+def test_a_score_is_read_where_transformers_reads_it():
+    """At the last token that is not padding, also where padding is end-of-sequence; no further back than the prompt's last."""
+    rollout = answers(temperature=0.7)
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    scores = testing.history_scores(CRITIC, tokens, mask, decay=DECAY)
+    ends = []
+    for pad_id in (None, 1, 2):
+        last = [
+            max(t for t in range(P + R) if row[t] and (t < P or ids[t] != pad_id)) for ids, row in zip(tokens, mask, strict=True)
+        ]
+        got = scoring.make_reward_scorer(MODEL, Calibration(mean=0.5, std=2.0, pad_id=pad_id))(CRITIC, rollout)
+        np.testing.assert_allclose(got, (scores[np.arange(len(last)), last] - 0.5) / 2.0, atol=3e-6)
+        ends.append(last)
+    assert ends[0] != ends[1] != ends[2] != ends[0]
+
+
 def test_sequences_and_packed_sequences():
     sequences = testing.random_sequences(0, 3, 8, V)
     apply = jax.jit(scoring.make_sequence_apply(MODEL, chunk=3))

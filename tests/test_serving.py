@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -247,15 +248,22 @@ def test_scores_are_those_of_the_reward_model(rewarding):
     assert rewarding.http("POST", "/v1/score", halves)[1]["scores"] == [said]
 
 
-def test_a_score_is_the_head_at_the_last_token():
-    """Of rows of any length, also those that padding follows: beside the model itself without padding."""
-    model = scorer.open_scorer(directories.reward_model(), mesh=config.Mesh(data=1, fsdp=1), devices=jax.devices()[:1])
-    found = models.load_checkpoint(directories.reward_model(), head="score")
+def test_a_score_is_the_head_at_the_last_token(tmp_path):
+    """Of rows of any length, also those that padding follows: beside the model itself without padding.
+
+    As in transformers, tokens like config.json's `pad_token_id` at the end are passed over.
+    """
+    directory, pad_id = shutil.copytree(directories.reward_model(), tmp_path / "rm"), 40
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"pad_token_id": pad_id}))
+    model = scorer.open_scorer(directory, mesh=config.Mesh(data=1, fsdp=1), devices=jax.devices()[:1])
+    found = models.load_checkpoint(directory, head="score")
     plain = models.make_model(found.spec)
     whole = jax.jit(lambda params, tokens: plain.score(params, plain.hidden(params, tokens, jnp.ones_like(tokens, bool))))
-    rows = [list(range(10, 10 + length)) for length in (1, 7, 31, 32, 33)]
-    for row, score in zip(rows, model.score(rows), strict=True):
-        raw = whole(found.params, jnp.asarray([row]))[0, -1]
+    rows = [*(list(range(10, 10 + length)) for length in (1, 7, 31, 32, 33)), [pad_id]]
+    assert [row[-1] == pad_id for row in rows] == [False, False, True, False, False, True]
+    for row, score, place in zip(rows, model.score(rows), (-1, -1, -2, -1, -1, 0), strict=True):
+        raw = whole(found.params, jnp.asarray([row]))[0, place]
         assert score == pytest.approx((float(raw) - found.calibration.mean) / found.calibration.std, abs=1e-5)
 
 

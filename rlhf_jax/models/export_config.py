@@ -12,13 +12,16 @@ from rlhf_jax.types import Calibration
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def export_config(spec: Spec, head: str, dtype: str, *, pad_id: int | None = None, calibration: Calibration) -> dict[str, Any]:
+def export_config(
+    spec: Spec, head: str, dtype: str, *, pad_id: int | None = None, eos: Any = None, calibration: Calibration
+) -> dict[str, Any]:
     """The config the spec was made from, with the class of the head, the dtype and both spellings of the rope.
 
     A config in version 5's spelling alone is read by version 4 in silence, and wrongly.
 
     Args:
-        head: "lm", "score" or "value"; dtype: name of the stored dtype; pad_id: written for reward models, whose class needs it.
+        head: "lm", "score" or "value"; dtype: name of the stored dtype; pad_id: padding token, else the config's;
+            eos: what ends an answer, one id or a list. For both see `_pad_token`.
     """
     family = family_of(spec.model_type)
     config = json.loads(spec.origin)
@@ -27,12 +30,23 @@ def export_config(spec: Spec, head: str, dtype: str, *, pad_id: int | None = Non
     for part in (config, config["text_config"]) if "text_config" in config else (config,):
         part |= {"dtype": dtype, "torch_dtype": dtype}
         part |= both_ropes(part, family)
-        if pad_id is not None and head != "lm":
-            part["pad_token_id"] = pad_id
+        if head != "lm":
+            part["pad_token_id"] = _pad_token(part.get("pad_token_id") if pad_id is None else pad_id, eos, calibration)
     if head != "lm":
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
         config |= {"classifier_dropout": 0.0, "mean": calibration.mean, "std": calibration.std}
     return config
+
+
+def _pad_token(pad_id: int | None, eos: Any, calibration: Calibration) -> int | None:
+    """The reward model's own, or one that ends no answer: transformers would read the score of the token before the end.
+
+    Without one it reads the last token, and refuses several rows at once. The key is there, for classes have defaults (Phi-3's
+    is its end-of-sequence).
+    """
+    if calibration.pad_id is not None:
+        return calibration.pad_id
+    return None if pad_id in (eos if isinstance(eos, list) else [eos]) else pad_id
 
 
 def class_name(family: Family, head: str) -> str:

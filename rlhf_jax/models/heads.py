@@ -54,13 +54,3 @@ def draw_head(spec: Spec, head: str, key: jax.Array | None, *, zero: bool = Fals
             raise ValueError("a head that is drawn at random needs a key")
         kernel = np.asarray(jax.random.normal(key, kernel.shape)) / np.float32(math.sqrt(spec.head_width + 1))
     return {"kernel": kernel} | ({"bias": np.zeros(1, np.float32)} if head == "value" else {})
-
-
-def rightmost_non_pad(tokens: jax.Array, pad_id: int) -> jax.Array:
-    """i32[B], the token that transformers' reward models score: the last one that is not `pad_id`.
-
-    Where pad is end-of-sequence (GPT-2, Pythia) that is the token *before* the final one, although the mask calls the end
-    real. Source: transformers, GenericForSequenceClassification.
-    """
-    real = tokens != pad_id
-    return jnp.max(jnp.where(real, jnp.arange(tokens.shape[1])[None], 0), 1)

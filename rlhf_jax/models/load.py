@@ -92,7 +92,8 @@ def load_checkpoint(
     sources = _sources(wanted, names)
     trunk = {name: value for name, value in table.items() if name != "score"}
     params = _read(trunk, (), sources, tensors, shardings, np.dtype(param_dtype))
-    calibration = Calibration(float(config.get("mean") or 0.0), float(config.get("std") or 1.0))
+    pad_id = (config.get("text_config") or config).get("pad_token_id")
+    calibration = Calibration(float(config.get("mean") or 0.0), float(config.get("std") or 1.0), pad_id)
     if "score" in table:
         if "weight" in scalar:
             values, calibration = _scalar_head(tensors, scalar, spec, head, calibration)

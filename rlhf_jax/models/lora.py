@@ -167,7 +167,7 @@ def save_adapter(
     st.write(path / FILE, {name: (x.shape, x.dtype) for name, x in tensors.items()}, tensors.items())
     (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if calibration is not None:
-        (path / CALIBRATION).write_text(json.dumps(calibration._asdict()) + "\n", encoding="utf-8")
+        (path / CALIBRATION).write_text(json.dumps({"mean": calibration.mean, "std": calibration.std}) + "\n", encoding="utf-8")
 
 
 def _target_modules(spec: Spec, adapted: list[str]) -> list[str] | str:

@@ -25,7 +25,7 @@ def critic(spec: Spec, params: Params, calibration: Calibration | None = None) -
     """
     if "score" not in params:
         return _trunk(params) | {"score": jax.tree.map(jnp.asarray, draw_head(spec, "value", None, zero=True))}
-    mean, std = calibration or Calibration()
+    mean, std, _ = calibration or Calibration()
     kernel = params["score"]["kernel"]
     bias = params["score"].get("bias", jnp.zeros(1, kernel.dtype))
     return _trunk(params) | {"score": {"kernel": kernel / std, "bias": (bias - mean) / std}}

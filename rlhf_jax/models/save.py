@@ -70,7 +70,10 @@ def save_checkpoint(
     if dtype not in DTYPES:
         raise UserError(f"storage dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     pad_id = None if tokenizer is None else tokenizer.pad_id
-    config = export_config(spec, head, dtype, pad_id=pad_id, calibration=calibration or Calibration())
+    # Of every head: the tokens that end an answer are read from it, and a reward model reads the last one.
+    generation = _generation(source, json.loads(spec.origin), tokenizer) | (generation_config or {})
+    eos = generation.get("eos_token_id")
+    config = export_config(spec, head, dtype, pad_id=pad_id, eos=eos, calibration=calibration or Calibration())
     writer = jax.process_index() == 0
     temporary = path.with_name(f".{path.name}.partial")
     size = sum(leaf.size for leaf in jax.tree.leaves(params)) * DTYPES[dtype].itemsize
@@ -78,8 +81,7 @@ def save_checkpoint(
         _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
         if writer:
             _write_json(temporary / "config.json", config)
-            # Of every head: the tokens that end an answer are read from it, and a reward model reads the last one.
-            _write_json(temporary / "generation_config.json", _generation(source, config, tokenizer) | (generation_config or {}))
+            _write_json(temporary / "generation_config.json", generation)
             if tokenizer is not None:
                 tokenizer.save(temporary)
             elif source is not None:

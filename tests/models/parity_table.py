@@ -15,8 +15,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 
+from rlhf_jax import scoring
 from rlhf_jax.models import load_checkpoint, make_model
-from rlhf_jax.models.heads import rightmost_non_pad
 
 
 def row(directory: Path) -> list[str]:
@@ -52,8 +52,8 @@ def scalar_error(directory: Path, head: str, name: str) -> float:
         if name == "values":
             errors.append(np.abs(scores - oracle[f"{side}_values"])[mask].max())
         else:
-            at = np.asarray(rightmost_non_pad(ids, found.tokens.pad_id))
-            errors.append(np.abs(scores[np.arange(len(at)), at] - oracle[f"{side}_score"]).max())
+            ends = scoring.readable(ids, mask, found.calibration.pad_id)
+            errors.append(np.abs(np.asarray(scoring.at_last_token(scores, ends)) - oracle[f"{side}_score"]).max())
     return max(errors)
 
 

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
+from rlhf_jax import scoring
 from rlhf_jax.models import FAMILIES, load_checkpoint, make_model, stack
-from rlhf_jax.models.heads import rightmost_non_pad
 
 
 def test_every_family_has_a_variant():
@@ -51,9 +50,9 @@ def test_logits_and_scores_are_those_of_transformers(name, tmp_path, monkeypatch
             np.testing.assert_allclose(logits[rows][row, mine, ::step], expected["columns"][row, theirs], atol=atol, rtol=0)
             got = logp[rows][row, mine[:-1], side_ids[row, mine[1:]]]
             np.testing.assert_allclose(got, expected["logprobs"][row, theirs[:-1]], atol=atol, rtol=0)
-        at = np.asarray(rightmost_non_pad(jnp.asarray(side_ids), 0))
-        np.testing.assert_array_equal(at, side_mask.shape[1] - 1 - np.argmax(side_mask[:, ::-1], 1))
-        np.testing.assert_allclose(np.asarray(scores)[rows][np.arange(3), at], expected["score"], atol=1e-4, rtol=0)
+        ends = scoring.readable(side_ids, np.ones_like(side_mask), scorer.calibration.pad_id)
+        np.testing.assert_array_equal(ends, side_mask)
+        np.testing.assert_allclose(scoring.at_last_token(scores[rows], ends), expected["score"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), [*((n, "long") for n in cases.LONG), *((n, "far") for n in cases.FAR)])

@@ -234,7 +234,7 @@ def test_reward_model_and_critic_are_written_and_read(tmp_path):
     assert "score.weight" in tensors_of(out)
     assert "score.bias" not in tensors_of(out)
     again = load_checkpoint(out, head="score")
-    assert again.calibration == Calibration(0.5, 2.0)
+    assert again.calibration == Calibration(0.5, 2.0, pad_id=0)
     assert not again.drawn
     np.testing.assert_array_equal(model.score(again.params, states), raw)
 
@@ -256,6 +256,26 @@ def test_reward_model_and_critic_are_written_and_read(tmp_path):
     assert np.all(model.score(fresh, states) == 0)
     assert roles.reference(actor.params) is actor.params
     assert roles.reference(actor.params, jnp.bfloat16)["embed"]["embedding"].dtype == jnp.bfloat16
+
+
+def test_no_reward_model_is_written_with_a_padding_token_that_ends_answers(tmp_path):
+    """transformers would score the token before the end; what is read from such a directory keeps its own."""
+    found = ref.reference("gpt2")
+    source = ref.write(tmp_path / "lm", found.config | {"pad_token_id": 2}, found.tensors)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    actor = load_checkpoint(source)
+    reward = roles.reward_model(actor.spec, actor.params, jax.random.key(0))
+    out = save_checkpoint(tmp_path / "reward", actor.spec, reward, head="score", source=source)
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] is None
+    assert load_checkpoint(out, head="score").calibration.pad_id is None
+    (out / "config.json").write_text(json.dumps(config | {"pad_token_id": 2}))
+    theirs = load_checkpoint(out, head="score")
+    assert theirs.calibration.pad_id == 2
+    copy = save_checkpoint(
+        tmp_path / "copy", theirs.spec, theirs.params, head="score", source=out, calibration=theirs.calibration
+    )
+    assert json.loads((copy / "config.json").read_text())["pad_token_id"] == 2
 
 
 def test_a_critic_whose_family_has_no_token_classifier(tmp_path):

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
+from rlhf_jax import scoring
 from rlhf_jax.models import load_checkpoint, make_model, roles, save_checkpoint, spec_of
-from rlhf_jax.types import Calibration
+from rlhf_jax.types import Calibration, Rollout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,6 +87,32 @@ def test_transformers_loads_our_reward_models_and_critics(name, tmp_path):
     if "TokenClassification" in json.loads((out / "config.json").read_text())["architectures"][0]:
         values = theirs(transformers.AutoModelForTokenClassification, out, ids, mask)[..., 0]
         np.testing.assert_allclose(values[mask], np.asarray(model.score(critic, states))[mask], atol=1e-4, rtol=0)
+
+
+def test_reward_models_whose_padding_token_ends_answers(tmp_path):
+    """A score of ours is transformers' of the same directory: of one that was made elsewhere, and of one that we write."""
+    found = load_checkpoint(ref.checkpoint(tmp_path, "gpt2"))
+    model, text = make_model(found.spec), [5, 9, 40, 2, 17, 2]
+    params = roles.reward_model(found.spec, found.params, jax.random.key(0))
+    shown = {
+        "tokens": jnp.asarray([text]),
+        "mask": jnp.ones((1, 6), bool),
+        "action_mask": jnp.ones((1, 4), bool),
+        "finished": jnp.ones(1, bool),
+        "logprobs": jnp.zeros((1, 4)),
+        "index": jnp.zeros(1, jnp.int32),
+    }
+    states = model.hidden(params, shown["tokens"], shown["mask"])
+    made, written = (tmp_path / "made", Calibration(pad_id=2), -2), (tmp_path / "written", None, -1)
+    for directory, calibration, place in (made, written):
+        source = ref.write(tmp_path / "lm", ref.reference("gpt2").config | {"pad_token_id": 2}, ref.reference("gpt2").tensors)
+        spec = load_checkpoint(source).spec
+        save_checkpoint(directory, spec, params, head="score", calibration=calibration)
+        loaded = load_checkpoint(directory, head="score")
+        ours = scoring.make_reward_scorer(model, loaded.calibration)(loaded.params, Rollout(**shown))
+        auto = transformers.AutoModelForSequenceClassification
+        assert abs(float(model.score(params, states)[0, place] - ours[0])) < 1e-5
+        assert abs(theirs(auto, directory, np.asarray([text]), np.ones((1, 6), bool))[0, 0] - float(ours[0])) < 1e-4
 
 
 # Widths are multiples of 4: torch's grouped product of a mixture's experts wants rows of whole 16 bytes.
