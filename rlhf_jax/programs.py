@@ -315,7 +315,7 @@ def offline_programs(
     -> (metrics, what each counts). `state`, `frozen`, `batch`: shapes with shardings; a batch is needed to compile ahead of time.
     """
     if stage == "reward":
-        inner = scoring.make_score_apply(model)
+        inner = scoring.make_score_apply(model, padding=run.reward_model.loss == "deepspeed_chat")
     else:
         inner = scoring.make_sequence_apply(model, run.model.logprob_chunk, correct=stage == "sft")
 

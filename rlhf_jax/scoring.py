@@ -154,11 +154,19 @@ def make_sequence_apply(
     return apply
 
 
-def make_score_apply(model: Model) -> Callable[[Params, Params | None, Sequences], jax.Array]:
-    """(params, base, sequences) -> f32[B, T], the scalar head at every position, 0 where masked."""
+def make_score_apply(model: Model, *, padding: bool = False) -> Callable[[Params, Params | None, Sequences], jax.Array]:
+    """(params, base, sequences) -> f32[B, T], the scalar head at every position, 0 where masked.
+
+    With `padding`, where it stands behind the sequences, the network's scores there too, those of transformers: padding sees the
+    sequence and no padding, and positions count on (OPT has one of its own for it). With `attention: flash` on a TPU it sees
+    padding alone.
+    """
 
     def apply(params: Params, base: Params | None, sequences: Sequences) -> jax.Array:
         merged = join(base, params)
+        if padding:
+            positions = lax.broadcasted_iota(jnp.int32, sequences.tokens.shape, 1)
+            return model.score(merged, model.hidden(merged, sequences.tokens, sequences.mask, positions=positions))
         scores = model.score(merged, sequence_states(model, merged, sequences))
         return jnp.where(sequences.mask, scores, 0.0)
 

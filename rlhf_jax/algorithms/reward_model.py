@@ -61,6 +61,10 @@ def per_token(
     their last position (loss log 2); position, not content, pairs the tokens. The corrected form is `bradley_terry`.
     (OPT's `num_padding_at_beginning` is a matter of the lengths given here.)
 
+    A run scores padding as transformers does (`scoring.make_score_apply`). Other than in the original, its lengths are those of
+    the masks, so an end-of-sequence token that is the padding token too still counts; and padding's embedding is always trained:
+    torch's has no gradient where it belongs to the pad_token_id of config.json.
+
     Args: chosen, rejected f32[B, T], reward units; tokens i32[B, T]; lengths i32[B], index of the first padding. Returns f32[B].
     """
     chex.assert_equal_shape([chosen, rejected, chosen_tokens, rejected_tokens])
@@ -93,7 +97,7 @@ def loss(
 ) -> tuple[jax.Array, Metrics]:
     """Mean pair loss of the global batch (this part's share). Both answers go through the model in one forward pass.
 
-    `apply(params, frozen, Sequences) -> f32[2B, T]`, a score for every token.
+    `apply(params, frozen, Sequences) -> f32[2B, T]`, a score for every token, and for DeepSpeed-Chat's form for padding too.
     """
     chosen_scores, rejected_scores = jnp.split(apply(params, frozen, both_sides(batch)).astype(jnp.float32), 2)
     chosen = last_score(chosen_scores, batch.chosen.mask)

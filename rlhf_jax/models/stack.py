@@ -88,6 +88,8 @@ def hidden(
     chex.assert_equal_shape([tokens, mask])
     positions = positions_of(mask) if positions is None else positions
     shared = share(d, attn.causal(mask.astype(bool), positions, segments), bound=tokens.shape[1])
+    if d.spec.position_offset:  # OPT: in transformers all padding has the row before that of position 0
+        positions = jnp.where(mask, positions, -1)
     x = embed(d, params, tokens, positions)
     of = kinds(d.spec)
     if isinstance(params.get("layers"), list):

@@ -6,19 +6,22 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 import variants as cases
 
-from rlhf_jax import scoring
+from rlhf_jax import config, parallel, programs, scoring
+from rlhf_jax.algorithms import reward_model
 from rlhf_jax.models import load_checkpoint, make_model, roles, save_checkpoint, spec_of
-from rlhf_jax.types import Calibration, Rollout
+from rlhf_jax.types import Calibration, Frozen, Preferences, Rollout, Sequences
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -113,6 +116,35 @@ def test_reward_models_whose_padding_token_ends_answers(tmp_path):
         auto = transformers.AutoModelForSequenceClassification
         assert abs(float(model.score(params, states)[0, place] - ours[0])) < 1e-5
         assert abs(theirs(auto, directory, np.asarray([text]), np.ones((1, 6), bool))[0, 0] - float(ours[0])) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["opt_350m", "llama"])
+def test_the_reward_stage_has_the_loss_of_deepspeed_chat_at_padding_too(name, tmp_path):
+    """Its loss of pairs of unequal length, on what transformers' network says of every position, padding included."""
+    directory = ref.checkpoint(tmp_path, name, head="score")
+    found = load_checkpoint(directory, head="score")
+    ids = np.random.default_rng(0).integers(3, 40, (4, 9)).astype(np.int32)
+    ids[2:, :3] = ids[:2, :3]  # the prompts
+    lengths = np.asarray([5, 9, 9, 6])  # two chosen answers, two rejected ones
+    mask = np.arange(9) < lengths[:, None]
+    ids = np.where(mask, ids, 1)
+    network = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    states = network(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)), use_cache=False)[0]
+    scores = states @ torch.tensor(ref.score_weight(name, states.shape[-1])[0])
+    wanted = -torch.nn.functional.logsigmoid(scores[:2, 3:] - scores[2:, 3:]).mean()
+
+    chosen, rejected = (
+        Sequences(tokens=jnp.asarray(ids[part]), mask=jnp.asarray(mask[part]), target_mask=jnp.asarray(mask[part]))
+        for part in (slice(2), slice(2, 4))
+    )
+    settings = config.RewardModelLoss(loss="deepspeed_chat")
+    run = SimpleNamespace(model=config.Model(), micro_batches=1, reward_model=settings)
+    mesh, tx = parallel.make_mesh(config.Mesh(), jax.devices()[:1]), optax.sgd(1.0)
+    shapes = jax.tree.map(lambda x: programs.abstract(x.shape, x.dtype, parallel.replicated(mesh)), found.params)
+    state = programs.abstract_offline_state(mesh, tx, shapes)
+    do = programs.offline_programs("reward", run, reward_model.build(settings), make_model(found.spec), tx, state, Frozen())
+    got, _ = do["evaluate"].compile()(found.params, Frozen(), Preferences(chosen=chosen, rejected=rejected))
+    np.testing.assert_allclose(got["reward_model/loss"], wanted, rtol=1e-5)
 
 
 # Widths are multiples of 4: torch's grouped product of a mixture's experts wants rows of whole 16 bytes.
