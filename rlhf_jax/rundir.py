@@ -35,7 +35,7 @@ _LINES = ("metrics.jsonl", "samples.jsonl")
 _OURS = ("run.json", "config.resolved.yaml", "env.json", "checkpoints", "summary.json", "report.html", *_LINES)
 _OURS_TOO = ("final", "bad-step-")  # final, final-critic, final-ema; dumps of batches
 _AROUND = ("tensorboard", "wandb", "profile", ".tracker_id")  # set aside with a run; by themselves they make none
-_FREE = ("out", "log", "save", "health")  # keys that change nothing that is trained
+_FREE = ("out", "log", "save", "health", "reward.timeout_s")  # keys that change nothing that is trained
 _REPLACED = ("run.json", "config.resolved.yaml", "env.json")  # by every start
 _MAY_BE_MENDED = {"reward.functions"}  # a run that stopped at a faulty one goes on with another: told, not refused
 _SECRET_NAME = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
@@ -313,7 +313,7 @@ def _require_same(
     accepted = override | {f"contents of {name}" for name in override}
     lines, keys = [], []
     for key in sorted(there.keys() | here.keys()):
-        if key.split(".")[0] in (*_FREE, "mesh") or there.get(key) == here.get(key) or key in accepted:
+        if {key, key.split(".")[0]} & {*_FREE, "mesh"} or there.get(key) == here.get(key) or key in accepted:
             continue
         lines.append(f"  {key}: {_short(there.get(key))} there, {_short(here.get(key))} here")
         keys.append(key.removeprefix("contents of "))

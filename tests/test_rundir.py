@@ -62,9 +62,14 @@ def test_a_new_run_describes_itself(tmp_path):
 def test_the_same_command_again_continues(tmp_path):
     told = []
     open_run(tmp_path, text(), PRINTS).close()
-    with open_run(tmp_path, text(out="y", save={"every": 1}, log={"every": 3}), PRINTS, say=told.append):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    reward = CONFIG["reward"] | {"timeout_s": 90.0}  # what a late one is told to raise
+    changed = text(out="y", save={"every": 1}, log={"every": 3}, reward=reward)
+    with open_run(tmp_path, changed, PRINTS, say=told.append):
         assert starts(tmp_path) == 2
     assert told == []
+    moved = text(reward=reward | {"url": "http://h"})
+    assert refusal(lambda: open_run(tmp_path, moved, PRINTS)).endswith("--resume-override reward.url")
 
 
 def begun(path):
