@@ -312,6 +312,15 @@ def _escaped(error: Any) -> tuple[str, int]:
 
 def main() -> None:
     """Entry point. What a user can mend is one message and status 2; everything else keeps its traceback."""
+    try:
+        _main()
+    except SystemExit as end:
+        if calls := sys.modules.get("rlhf_jax.rewards.call"):
+            calls.leave(int(end.code or 0))
+        raise
+
+
+def _main() -> None:
     codecs.register_error("rlhf_jax", _escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

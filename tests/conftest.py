@@ -1,6 +1,7 @@
 """Eight simulated CPU devices and a persistent compilation cache, set before anything imports JAX."""
 
 import contextlib
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -33,6 +34,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 parallel.COMPILER_OPTIONS["cpu"] = {}  # what the flags say
+# A command that is called in this process does not end it, whatever reward a test has left behind here.
+importlib.import_module("rlhf_jax.rewards.call").leave = lambda status: None
 jax.devices()
 os.environ["XLA_FLAGS"] = _FLAGS  # this and the next were for this process alone: those that it starts have devices of their own
 del os.environ["PJRT_NPROC"]

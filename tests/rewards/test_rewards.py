@@ -187,10 +187,34 @@ def test_the_sample_to_blame_is_looked_for_no_longer_than_a_reward_may_take(tmp_
     assert time.monotonic() - begun < 10
 
 
-def test_a_hung_reward_does_not_keep_the_process_alive(tmp_path: Path):
-    code = "import time; from rlhf_jax.rewards.call import call; print(call(time.sleep, 3600, timeout_s=0.1).late)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
-    assert run.stdout.strip() == "True"
+POOLS = """
+import atexit, multiprocessing, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from rlhf_jax import cli
+from rlhf_jax.errors import UserError
+from rlhf_jax.rewards.call import call
+
+def hang():
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,)).start()
+    list(ThreadPoolExecutor(2).map(time.sleep, [3600, 3600]))
+
+def run(**options):
+    sys.stdout.write("begun")
+    raise UserError(f"late: {call(hang, timeout_s=0.5).late}")
+
+atexit.register(print, ", ended")
+sys.modules["rlhf_jax.quickstart"] = SimpleNamespace(run=run)
+sys.argv = ["rlhf-jax", "quickstart"]
+cli.main()
+"""
+
+
+def test_a_hung_reward_does_not_keep_the_process_alive():
+    """Nor do its processes keep what the run printed into open. A command does at its end all that it always does."""
+    run = subprocess.run([sys.executable, "-c", POOLS], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (run.returncode, run.stdout) == (2, "begun, ended\n")
+    assert "rlhf-jax: late: True\n" in run.stderr
 
 
 @pytest.mark.parametrize(
