@@ -4,8 +4,10 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ from rlhf_jax.models import directory as dirs
 from rlhf_jax.models import safetensors_file as st
 from rlhf_jax.models.export_config import export_config
 from rlhf_jax.models.families import family_of
-from rlhf_jax.models.load import is_foreign
+from rlhf_jax.models.load import canonical, is_foreign
 from rlhf_jax.models.rules import Family, Part, Stored, stored_tensors
 from rlhf_jax.models.spec import Spec
 from rlhf_jax.types import Calibration, Params
@@ -58,7 +60,8 @@ def save_checkpoint(
         params: whole (adapters merged). Every process calls this; the first one writes, and raises alone where it cannot.
         head: "lm", "score" (reward model, `calibration` kept in config.json) or "value" (critic).
         source: directory that the model came from: generation config, tokenizer files without a `tokenizer`, other towers.
-        storage_dtype: "float32", "float16" or "bfloat16"; default: that of the source, else float32.
+        storage_dtype: "float32", "float16" or "bfloat16"; default: each tensor's own in the source's files, and for what
+            they lack (a new head) that of most weights; without such files config.json's, else float32.
         generation_config: keys that replace those of the source.
     Raises:
         UserError: the directory holds something that is not a model, or cannot be made.
@@ -66,7 +69,8 @@ def save_checkpoint(
     path = Path(path)
     _refuse_foreign(path)
     source = None if source is None else Path(source)
-    dtype = storage_dtype or _origin_dtype(spec)
+    stored, usual = ({}, None) if storage_dtype else _stored_dtypes(spec, source)
+    dtype = storage_dtype or usual or _origin_dtype(spec)
     if dtype not in DTYPES:
         raise UserError(f"storage dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     pad_id = None if tokenizer is None else tokenizer.pad_id
@@ -78,7 +82,7 @@ def save_checkpoint(
     temporary = path.with_name(f".{path.name}.partial")
     size = sum(leaf.size for leaf in jax.tree.leaves(params)) * DTYPES[dtype].itemsize
     with _left_together(f"saved {path}"), whole_or_nothing(path, temporary, size):
-        _write_weights(temporary, spec, params, head, DTYPES[dtype], _towers(spec, source), shard_bytes, writer)
+        _write_weights(temporary, spec, params, head, DTYPES[dtype], stored, _towers(spec, source), shard_bytes, writer)
         if writer:
             _write_json(temporary / "config.json", config)
             _write_json(temporary / "generation_config.json", generation)
@@ -122,21 +126,22 @@ def _write_weights(
     spec: Spec,
     params: Params,
     head: str,
-    dtype: np.dtype,
+    usual: np.dtype,
+    dtypes: dict[str, np.dtype],
     towers: dirs.Tensors | None,
     shard_bytes: int,
     writer: bool,
 ) -> None:
     family = family_of(spec.model_type)
     plan: dict[str, Stored | str] = dict(stored_tensors(spec, family.rules(spec), "lm" if head == "lm" else "none"))
-    shapes: dict[str, Any] = {name: (stored.shape, dtype) for name, stored in plan.items() if isinstance(stored, Stored)}
+    shapes: dict[str, Any] = {name: (s.shape, dtypes.get(name, usual)) for name, s in plan.items() if isinstance(s, Stored)}
     if head != "lm":
         own = scalar_name(family, head)
         for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
             if leaf in params["score"]:
                 name, shape = f"{own}.{suffix}", params["score"][leaf].shape[::-1]
                 plan[name] = Stored(shape, (Part(("score", leaf), (), np.transpose),), None)
-                shapes[name] = (shape, dtype)
+                shapes[name] = (shape, dtypes.get(name, usual))
     for name in towers.place if towers is not None else ():
         if is_foreign(name, family):
             plan[name] = name
@@ -201,11 +206,31 @@ def _towers(spec: Spec, source: Path | None) -> dirs.Tensors | None:
 # --------------------------------------------------------------------------------------------------- other files
 
 
+def _stored_dtypes(spec: Spec, source: Path | None) -> tuple[dict[str, np.dtype], str | None]:
+    """Name in the rules -> dtype in the source's files, and the name of the dtype that most weights have; config.json may lie."""
+    if source is None:
+        return {}, None
+    try:
+        tensors = dirs.Tensors(source)
+    except UserError:  # the files are gone since they were read
+        return {}, None
+    family, known = family_of(spec.model_type), {dtype: name for name, dtype in DTYPES.items()}
+    wanted = stored_tensors(spec, family.rules(spec), "lm")
+    found, weights = {}, Counter[str]()
+    for name in tensors.place:
+        dtype, ours = st.DTYPES.get(tensors.dtype(name)), canonical(name, family, wanted)
+        if dtype in known:
+            found[ours] = dtype
+            weights[known[dtype]] += math.prod(tensors.shape(name)) if ours in wanted else 0
+    return found, next((name for name, _ in weights.most_common(1)), None)
+
+
 def _origin_dtype(spec: Spec) -> str:
     config = json.loads(spec.origin)
     text = config.get("text_config") or {}
     found = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
-    return str(found).removeprefix("torch.")
+    name = str(found).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
 
 
 def _generation(source: Path | None, config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

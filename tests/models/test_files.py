@@ -62,6 +62,26 @@ def test_every_storage_dtype_returns_bit_for_bit(name, dtype, tmp_path):
     assert config["dtype"] == config["torch_dtype"] == dtype
 
 
+@pytest.mark.parametrize("said", ["auto", "float32", "float16", None])
+def test_the_stored_dtype_is_that_of_the_files(said, tmp_path):
+    """Of each tensor; config.json may say another, "auto" or none. What the files lack has that of most weights."""
+    found = ref.reference("llama")
+    tensors = {name: x.astype(np.float32 if "norm" in name else ml_dtypes.bfloat16) for name, x in found.tensors.items()}
+    config = {key: value for key, value in found.config.items() if key not in ("dtype", "torch_dtype")}
+    bare = {name.removeprefix("model."): x for name, x in tensors.items()}
+    source = ref.write(tmp_path / "in", config | ({} if said is None else {"dtype": said}), bare)
+    loaded = load_checkpoint(source)
+    out = save_checkpoint(tmp_path / "out", loaded.spec, loaded.params, source=source)
+    assert_same_bits(tensors, tensors_of(out))
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    reward = roles.reward_model(loaded.spec, loaded.params, jax.random.key(0))
+    written = tensors_of(save_checkpoint(tmp_path / "reward", loaded.spec, reward, head="score", source=source))
+    assert written["score.weight"].dtype == ml_dtypes.bfloat16
+    gone = tensors_of(save_checkpoint(tmp_path / "gone", loaded.spec, loaded.params, source=tmp_path / "nowhere"))
+    assert {x.dtype for x in gone.values()} == {np.dtype(said if said and said != "auto" else "float32")}
+
+
 def test_shards_are_cut_by_size_and_indexed(tmp_path):
     source = ref.checkpoint(tmp_path, "llama")
     found = load_checkpoint(source)
