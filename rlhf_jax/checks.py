@@ -100,7 +100,7 @@ def find_problems(config: Any) -> list[Problem]:
     """Every broken rule of a configuration, as (dotted key, message)."""
     out_of_range = list(_ranges(config, ""))
     problems = [Problem(key, text) for key, text, _ in out_of_range]
-    if any(rule in (COUNT, None) for *_, rule in out_of_range) or not isinstance(config, c.Run):
+    if any(rule in (COUNT, PAIR, None) for *_, rule in out_of_range) or not isinstance(config, c.Run):
         return problems  # the rules below divide by counts, and look at files
     problems += _model(config.model, config.mesh)
     problems += _data(config.data, "data")

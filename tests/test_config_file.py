@@ -359,6 +359,7 @@ def test_defaults_are_in_range():
     [
         ("grpo", ["grpo.group_size=5"], "grpo.group_size is 5; it must divide batch_size = 64; nearest: 4 or 8"),
         ("grpo", ["grpo.group_size=1"], "grpo.group_size is 1; it must be at least 2"),
+        *((name, [f"{name}.group_size=0"], f"{name}.group_size is 0; it must be at") for name in ("grpo", "gspo", "rloo")),
         ("grpo", ["sampling.rows=20"], "a multiple of grpo.group_size 8 = 8; nearest: 16 or 24"),
         (
             "grpo",
