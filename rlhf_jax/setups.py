@@ -183,6 +183,7 @@ def plan_online(stage: str, settings: config.OnlineRun) -> OnlinePlan:
     checks.check_batch(settings, parallel.axis_size(mesh, "batch"))
     algorithm = build.algorithm(stage, settings)
     tokenizer = build.tokenizer_for(stage, settings)
+    build.stop_ids(settings.sampling, tokenizer)
     if settings.batch_size % algorithm.group_size:
         raise UserError(
             f"batch_size = {settings.batch_size} answers is not a multiple of {stage}.group_size = {algorithm.group_size}"

@@ -63,6 +63,8 @@ def test_runs_made_in_python_are_checked_as_files_are(tmp_path):
     sampling = config.Sampling(max_new_tokens=4, min_new_tokens=5)
     with pytest.raises(UserError, match=both):
         setups.plan_online("ppo", ppo_run(tmp_path, sampling=sampling, ppo=config.PPO(ptx_coef=1.0)))
+    with pytest.raises(UserError, match="sampling.stop: 'zebra' is tokens"):
+        setups.plan_online("ppo", ppo_run(tmp_path, sampling=config.Sampling(max_new_tokens=4, stop=("zebra",))))
     with pytest.raises(UserError, match="no reward is given"):
         setups.plan_online("ppo", ppo_run(tmp_path, reward=config.Reward(), data=config.Data(path="rows.jsonl")))
     data = dataclasses.replace(DATA, length_buckets=2)

@@ -68,8 +68,12 @@ class Tokenizer:
         found = self.backend.token_to_id(text)
         if found is None:
             ids = self.encode(text)
-            if len(ids) != 1:
-                raise UserError(f"{text!r} is {len(ids)} tokens {ids}, not one; a stop string must be a single token")
+            known = self.decode(ids, skip_special=False)
+            if len(ids) != 1 or known != text:  # an unknown word is one token too
+                raise UserError(
+                    f"sampling.stop: {text!r} is tokens {ids}, which read {known!r}; a stop string must be a single "
+                    "token: take one that the tokenizer has, or leave it out"
+                )
             found = ids[0]
         return found
 

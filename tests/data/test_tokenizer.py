@@ -1,6 +1,7 @@
 """The tokenizer: equal to AutoTokenizer on recorded cases, trained on the spot, saved, and honest about what files leave open."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -254,8 +255,11 @@ def test_task_tokenizers_round_trip(name: str):
 
 def test_stop_strings_are_one_token(bpe: Tokenizer):
     assert bpe.token_id("<eos>") == bpe.eos_id
-    with pytest.raises(UserError, match="must be a single token"):
-        bpe.token_id("zebra")
+    assert TASKS["reviews"].tokenizer().token_id("good") > 3
+    cases = [("bpe", "zebra"), ("reviews", "wonderful"), ("reviews", "good good"), ("addition", "\n"), ("addition", "")]
+    for name, text in cases:
+        with pytest.raises(UserError, match=f"stop: {re.escape(repr(text))} is .* must be a single token"):
+            (bpe if name == "bpe" else TASKS[name].tokenizer()).token_id(text)
 
 
 def test_saving_keeps_the_files_and_everything_loads_in_transformers(tmp_path: Path, bpe: Tokenizer):
