@@ -158,7 +158,7 @@ def test_calibration_gives_fine_tuned_samples_mean_0_and_spread_1():
     found = reward_model.calibrate(np.append(raw, [np.nan, np.inf]))
     scaled = (raw - found.mean) / found.std
     np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-5)
-    assert all(isinstance(x, float) for x in found)
+    assert all(isinstance(x, float) for x in (found.mean, found.std))
     assert reward_model.calibrate([]) == Calibration()
     assert reward_model.calibrate([0.1] * 7).std == 1.0
     assert reward_model.calibrate([5.0]) == Calibration(5.0, 1.0)
