@@ -371,6 +371,8 @@ def model_fact(model: c.Model, fact: str) -> int | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a JSON object, is {type(values).__name__}; download it again")
     keys = {
         "context": ("max_position_embeddings", "n_positions"),
         "heads": ("num_attention_heads", "n_head"),

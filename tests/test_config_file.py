@@ -320,6 +320,8 @@ def test_length_and_heads_of_a_checkpoint(tmp_path):
     assert "data.max_tokens = 512, but" in refusal(text, f"model.path={tmp_path}", cls=config.SFTRun)
     (tmp_path / "config.json").write_text("{")
     assert "config.json: not JSON" in refusal(GOOD, f"model.path={tmp_path}")
+    (tmp_path / "config.json").write_text("[1]")
+    assert "config.json: must be a JSON object, is list" in refusal(GOOD, f"model.path={tmp_path}")
 
 
 def test_batch_over_the_devices_of_the_real_mesh():

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import model_keys
 from rlhf_jax.data.vocabulary import FILES, GENERIC_CLASSES, NAMES, Tokenizer, clean, make_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.hub import find
@@ -145,7 +146,10 @@ def _json(file: Path) -> dict[str, Any]:
         value = json.loads(_read(file, "tokenizer"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}:{error.colno}: not JSON ({error.msg}); copy the file again") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    model_keys.check(file, value)
+    return value
 
 
 # The template of tokenizers that are trained on the spot. A turn ends with end-of-sequence, which the assistant writes.

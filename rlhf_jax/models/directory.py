@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import model_keys
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import safetensors_file as st
 
@@ -68,10 +69,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json`.
 
     Raises:
-        UserError: it asks for code of its own, or its weights are quantised.
+        UserError: it asks for code of its own, its weights are quantised, or a value is not of its key's kind.
     """
     path = directory / "config.json"
     config = read_json(path)
+    model_keys.check(path, config)
     for part in (config, config.get("text_config") or {}):
         if "auto_map" in part:
             raise UserError(
@@ -87,6 +89,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def tokens(directory: Path, config: dict[str, Any]) -> Tokens:
     path = directory / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
+    model_keys.check(path, generation)
     text = config.get("text_config") or {}
     eos = next((found for c in (generation, config, text) if (found := c.get("eos_token_id")) is not None), ())
     pad = next((found for c in (config, text, generation) if (found := c.get("pad_token_id")) is not None), None)

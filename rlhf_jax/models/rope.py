@@ -29,7 +29,7 @@ def make_rope(parameters: dict[str, Any], dims: int, *, theta: float, max_length
     powers = np.float32(theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
     inv_freq = (np.float32(1) / powers).astype(np.float32)
     original = parameters.get("original_max_position_embeddings") or max_length
-    if kind in ("linear", "dynamic", "llama3") and "factor" not in parameters:
+    if kind in ("linear", "dynamic", "llama3") and parameters.get("factor") is None:
         raise UserError(f"config.json: rope of type {kind!r} has no factor; add it to rope_parameters (rope_scaling)")
     if kind in ("dynamic", "longrope", "su") and not max_length:
         raise UserError(

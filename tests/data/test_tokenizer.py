@@ -136,6 +136,11 @@ def test_tokens_that_end_an_answer_may_stand_in_the_configuration(tmp_path: Path
         assert load_tokenizer(directory).eos_ids == (2, 7)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     assert load_tokenizer(directory).eos_ids == (2,)
+    for name, content in (("generation_config", {"eos_token_id": "</s>"}), ("config", {"model_type": ["llama"]})):
+        (directory / f"{name}.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"{name}.json: {next(iter(content))} is .*; it must be"):
+            load_tokenizer(directory)
+        (directory / f"{name}.json").unlink()
 
 
 def test_templates_that_raise_or_do_not_compile(tmp_path: Path):

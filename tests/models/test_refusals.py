@@ -13,8 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 
+from rlhf_jax import model_keys
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import hf, load_checkpoint, spec_of
+from rlhf_jax.models import families, hf, load_checkpoint, spec_of
 
 
 def refused(directory: Path, **options) -> str:
@@ -80,6 +81,41 @@ def test_architectures_that_are_not_supported(tmp_path):
     assert "JSON" in refused(tmp_path / "f")
     assert "no such directory" in refused(tmp_path / "nowhere")
     assert "60 rows" not in refused(ref.checkpoint(tmp_path, "llama"), real_vocab=1000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", "2", 'num_hidden_layers is "2"; it must be a whole number of at least 1'),
+        ("num_attention_heads", 0, "num_attention_heads is 0"),
+        ("hidden_size", None, "hidden_size is null"),
+        ("hidden_size", 32.0, "hidden_size is 32.0"),
+        ("vocab_size", True, "vocab_size is true"),
+        ("rms_norm_eps", "1e-5", "a number above 0"),
+        ("tie_word_embeddings", "false", "true, false or null"),
+        ("rope_parameters", "linear", "an object"),
+        ("rope_parameters", {"rope_type": "linear", "factor": "four"}, 'rope_parameters.factor is "four"'),
+        ("rope_parameters", {"rope_type": "linear", "factor": None}, "has no factor"),
+        ("rope_scaling", {"rope_type": "longrope", "short_factor": ["1"]}, "a list of numbers"),
+        ("quantization_config", "fp8", "an object"),
+        ("text_config", [1], "text_config is [1]"),
+        ("text_config", {"head_dim": "16"}, 'text_config.head_dim is "16"'),
+        ("model_type", ["llama"], "text"),
+        ("architectures", "LlamaForCausalLM", "a list of texts"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_file_and_key(key, value, message, tmp_path):
+    found = ref.reference("llama")
+    told = refused(ref.write(tmp_path, found.config | {key: value}, {}))
+    assert "config.json: " in told
+    assert message in told
+
+
+def test_the_kind_of_every_key_that_a_family_reads_is_known():
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(families.__file__).parent.glob("*.py"))]
+    read = {key for text in texts for key in re.findall(r'config(?:\.get\(|\[)"(\w+)"', text)}
+    assert len(read) > 40
+    assert read <= model_keys.RULES.keys()
 
 
 @pytest.mark.parametrize(
