@@ -91,6 +91,8 @@ def render_with_spans(template: str, messages: list[Message], names: dict[str, s
             continue
         before = _rendered(template, messages[:number], True, names) if number else ""
         after = _rendered(template, messages[: number + 1], False, names)
+        if not marked.startswith(after):  # some put end-of-sequence behind the last message, whichever that is (Phi-3)
+            after = after.removesuffix(names.get("eos_token") or "")
         if not (after.startswith(before) and marked.startswith(after)):
             raise BadRow(
                 "the chat template rewrites earlier messages, so the assistant's tokens cannot be found in a conversation of "
@@ -105,7 +107,8 @@ def _spans(marked: str) -> tuple[str, Spans]:
     for number, piece in enumerate(marked.split(_OPEN)):
         if number:
             inside, _, piece = piece.partition(_CLOSE)
-            spans.append((len(text), len(text) + len(inside)))
+            touches = spans and spans[-1][1] == len(text)  # the one before: of the same message
+            spans.append((spans.pop()[0] if touches else len(text), len(text) + len(inside)))
             text += inside
         text += piece
     return text, spans

@@ -84,7 +84,8 @@ class Tokenizer:
     def apply_chat(
         self, messages: list[Message], *, add_generation_prompt: bool = False, prompt_messages: int = 0
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation and which of them the assistant wrote (up to and including the token that ends its turn).
+        """Ids of a conversation and which of them the assistant wrote (up to and including the token at which sampling
+        ends its turn).
 
         Assistant turns among the first `prompt_messages` do not count as written. With `add_generation_prompt` the ids are those
         of a prompt. Without, and where the template ends the last assistant message with no end-of-sequence token, `eos_id` is
@@ -101,8 +102,8 @@ class Tokenizer:
         for piece, own in zip(self.encode_pieces(pieces), written, strict=True):
             keep = 0
             if own:
-                ends = [number for number, token in enumerate(piece) if token in self.eos_ids]
-                keep = ends[-1] + 1 if ends else len(piece)
+                said = next((number for number, token in enumerate(piece) if token not in self.eos_ids), 0)
+                keep = next((n + 1 for n, token in enumerate(piece) if n >= said and token in self.eos_ids), len(piece))
             ids += piece
             trained += [number < keep for number in range(len(piece))]
         if spans and messages[-1]["role"] == "assistant":

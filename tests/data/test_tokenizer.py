@@ -114,6 +114,45 @@ def test_tokens_after_the_end_of_a_turn_are_not_trained(tmp_path: Path):
     assert ids[-1] == tokenizer.eos_id
 
 
+@pytest.mark.parametrize("mark", ["", "generation", "endgeneration"])
+def test_end_of_sequence_behind_the_last_message(tmp_path: Path, mark: str):
+    """Phi-3's template, and TRL's of it with marks: an answer is trained up to the first token that ends it, as it is sampled."""
+    begin, end = ("{% generation %}", "{% endgeneration %}") if mark else ("", "")
+    last = f"{begin}{{{{ eos_token }}}}{end}" if mark == "endgeneration" else "{{ eos_token }}"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        f"{{% if m['role'] == 'assistant' %}}{begin}{{{{ m['content'] }}}}<|im_end|>{{{{ '\n' }}}}{end}"
+        "{% else %}{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% else %}}{last}{{% endif %}}"
+    )
+    directory = _copy("qwen2", tmp_path / "phi", eos_token="<|endoftext|>")
+    ends = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+    ids_of = {token["content"]: token["id"] for token in ends}
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [ids_of["<|endoftext|>"], ids_of["<|im_end|>"]]})
+    )
+    tokenizer = load_tokenizer(directory, chat_template=template)
+    assert tokenizer.eos_id == ids_of["<|endoftext|>"]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.render_chat(messages, add_generation_prompt=False).endswith("b<|im_end|>\n<|endoftext|>")
+    for turns, wanted in ((1, "b<|im_end|>"), (2, "b<|im_end|>b<|im_end|>")):
+        ids, trained = tokenizer.apply_chat(messages * turns)
+        own = [i for i, keep in zip(ids, trained, strict=True) if keep]
+        assert tokenizer.decode(own, skip_special=False) == wanted
+        assert ids[-1] == ids_of["<|im_end|>"]
+        assert ids == tokenizer.apply_chat((messages * turns)[:-1], add_generation_prompt=True)[0] + own[-2:]
+
+
+def test_what_begins_a_conversation_does_not_end_its_first_answer():
+    """Where the beginning of a text is spelled as its end (GPT-2)."""
+    tokenizer = load_tokenizer(
+        HERE / "qwen2", chat_template="{{ eos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    ids, trained = tokenizer.apply_chat([{"role": "assistant", "content": "b"}])
+    assert tokenizer.decode(ids, skip_special=False) == "<|im_end|>b<|im_end|>"
+    assert all(trained)
+
+
 def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}")
     tokenizer = load_tokenizer(HERE / "qwen2", chat_template=read_template(tmp_path / "t.jinja"))
