@@ -205,7 +205,8 @@ def test_prompts_without_answers(name, refused, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "the hotel :"}\n' * 80)
     text = refused(f"{name}_reviews", "data.task=null", f"data.path={path}")
-    assert f"{path}:1: columns prompt fit no format of preferences; needed: prompt+chosen+rejected" in text
+    needed = "prompt+chosen+rejected | chosen+rejected (for kto also prompt+completion+label)"
+    assert f"{path}:1: columns prompt fit no format of preferences; needed: {needed}" in text
     assert "data.columns.chosen=" in text
 
 
@@ -215,7 +216,7 @@ def test_pairs_whose_two_answers_are_equal(name, refused, tmp_path):
     path.write_text('{"prompt": "the hotel :", "chosen": "it was nice .", "rejected": "it was nice ."}\n' * 80)
     text = refused(f"{name}_reviews", "data.task=null", f"data.path={path}")
     assert "0 rows left for preferences: 80 rows, 80 dropped: chosen equals rejected, 0 kept" in text
-    assert "data.columns: a pair needs two different answers" in text
+    assert "0 kept; a pair needs two different answers: mend the file, or say with data.columns.chosen" in text
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def detect(row: dict[str, Any], purpose: Purpose, where: str = "row") -> str:
         if all(column in row for column in needed):
             return name
     wanted = " | ".join("+".join(needed) for _, needed in FORMATS[purpose])
+    if purpose == "preferences":  # what kto's rows are is decided by their label
+        wanted += " (for kto also prompt+completion+label)"
     first = next(column for column in FORMATS[purpose][0][1] if column not in row)
     guess = next((key for key, value in row.items() if isinstance(value, str | list)), "your_column")
     raise BadRow(

@@ -189,7 +189,7 @@ def scan(source: Source, purpose: Purpose, tokenizer: Tokenizer, data: Data) -> 
     if margins:
         counts[WITH_MARGIN] = margins
     if not numbers:
-        raise UserError(f"{source.name}: 0 rows left for {purpose}: {describe(counts)}; relax data.{_loosen(counts)}")
+        raise UserError(f"{source.name}: 0 rows left for {purpose}: {describe(counts)}; {_remedy(counts)}")
     train, evaluation = _split(np.array(keys, np.uint64), np.array(numbers, np.int64), data.eval_fraction)
     return Table(
         source=source,
@@ -225,13 +225,20 @@ def describe(counts: Counter) -> str:
     return ", ".join(f"{value} {key}" for key, value in counts.items())
 
 
-def _loosen(counts: Counter) -> str:
-    worst = max((key for key in counts if key not in ("rows", "kept")), key=lambda key: counts[key], default="path")
+def _remedy(counts: Counter) -> str:
+    worst = max((key for key in counts if key not in ("rows", "kept")), key=lambda key: counts[key], default="")
     if "longer than" in worst:
-        return "max_prompt_tokens or data.max_tokens, or set data.long_prompts=truncate_left"
+        return "raise data.max_prompt_tokens or data.max_tokens, or set data.long_prompts=truncate_left"
+    if "equals" in worst and "truncation" in worst:
+        return "raise data.max_tokens: the two answers of a pair differ only beyond it"
     if "equals" in worst:
-        return "columns: a pair needs two different answers" + (" within data.max_tokens" if "truncation" in worst else "")
-    return "on_bad_rows=error to see the first bad row" if "skipped" in worst else "path (another file) or data.columns"
+        return (
+            "a pair needs two different answers: mend the file, or say with data.columns.chosen and data.columns.rejected "
+            "which columns hold them"
+        )
+    if "skipped" in worst:
+        return "set data.on_bad_rows=error to see the first bad row"
+    return "set data.path to another file, or data.columns to the columns that hold its texts"
 
 
 def _located(message: str, source: Source, number: int) -> str:

@@ -223,9 +223,10 @@ def test_empty_and_equal_rows_are_dropped_and_counted(bpe: Tokenizer):
 
 def test_pairs_that_differ_only_beyond_the_cut_are_dropped(bpe: Tokenizer):
     rows = [{"prompt": f"{n}", "chosen": " ".join(WORDS * 9) + " yes", "rejected": " ".join(WORDS * 9) + " no"} for n in range(4)]
-    with pytest.raises(
-        UserError, match=r"0 rows left for preferences: 4 rows, 4 dropped: chosen equals rejected after truncation, 0 kept"
-    ):
+    told = (
+        "0 rows left for preferences: 4 rows, 4 dropped: chosen equals rejected after truncation, 0 kept; raise data.max_tokens"
+    )
+    with pytest.raises(UserError, match=told):
         make_preference_data(dataclasses.replace(DATA, max_tokens=32), bpe, seed=0, batch_size=2, rows=rows)
 
 
