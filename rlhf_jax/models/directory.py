@@ -69,8 +69,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json`.
 
     Raises:
-        UserError: it asks for code of its own, its weights are quantised, or a value is not of its key's kind.
+        UserError: the directory holds an adapter alone; the file asks for code of its own, its weights are quantised, or a
+            value is not of its key's kind.
     """
+    if any(directory.glob("adapter_*")) and not any((directory / name).is_file() for name in (INDEX, SINGLE)):
+        raise UserError(
+            f"{directory}: holds a LoRA adapter, not a model; give the directory of its base model, and to a run the adapter as "
+            "model.lora.path"
+        )
     path = directory / "config.json"
     config = read_json(path)
     model_keys.check(path, config)
@@ -100,7 +106,7 @@ def shard_names(directory: Path) -> list[str]:
     """Names of the safetensors files, all of them plain files of this directory.
 
     Raises:
-        UserError: there are none (only pickles, perhaps), or the index points elsewhere.
+        UserError: there are none (only pickles, perhaps), they are there twice, or the index points elsewhere.
     """
     index = directory / INDEX
     if index.is_file():
@@ -108,6 +114,11 @@ def shard_names(directory: Path) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: has no weight_map; download it again")
         names = sorted({str(name) for name in weight_map.values()})
+        if SINGLE not in names and (directory / SINGLE).is_file():
+            raise UserError(
+                f"{index}: names other files than {SINGLE}, which is there too and which transformers would read; "
+                "remove either that file, or the index and the files that it names"
+            )
     elif (directory / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -132,13 +143,14 @@ def _confine(directory: Path, index: Path, name: str) -> None:
 
 
 def _why_no_weights(directory: Path) -> str:
-    if (directory / "adapter_model.safetensors").is_file():
-        return f"{directory}: holds a LoRA adapter, not a model; give the directory of its base model"
     pickles = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt")) + sorted(directory.glob("*.pth"))
     if not pickles:
         return f"{directory}: has neither {SINGLE} nor {INDEX}"
-    convert = f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')"
+    kinds = ("SequenceClassification", "TokenClassification")
+    name = str((read_config(directory).get("architectures") or [""])[0])
+    model = "AutoModelFor" + next((kind for kind in kinds if name.endswith(kind)), "CausalLM")
     return (
         f"{pickles[0]}: weights are pickles, which can run code when they are read, and are refused. Convert them once, where "
-        f'torch and transformers are installed: python -c "from transformers import AutoModelForCausalLM as M; {convert}"'
+        f'torch and transformers are installed: python -c "from transformers import {model}, AutoTokenizer; '
+        f"[c.from_pretrained('{directory}').save_pretrained('{directory}-safetensors') for c in ({model}, AutoTokenizer)]\""
     )

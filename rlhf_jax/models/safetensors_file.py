@@ -4,6 +4,7 @@ Our own reader, because the stock one knows no bfloat16 in NumPy and does not sa
 format is a length (u64), a JSON header {name: {dtype, shape, data_offsets}}, and the bytes.
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -70,7 +71,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Name -> place of every tensor.
 
     Raises:
-        UserError: the file is truncated or no safetensors file.
+        UserError: the file is truncated or no safetensors file, or two tensors share bytes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -89,6 +90,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise UserError(
                 f"{path}: {name} has shape {list(entry.shape)} but {entry.end - entry.start} bytes; download it again"
             )
+    order = sorted(tensors, key=lambda name: (tensors[name].start, tensors[name].end))
+    for first, second in itertools.pairwise(order):
+        if tensors[second].start < tensors[first].end:
+            raise UserError(f"{path}: {first} and {second} share bytes; download it again")
     expected = max((entry.end for entry in tensors.values()), default=8 + length)
     if size < expected:
         raise UserError(f"{path}: truncated: its tensors need {expected} bytes, the file has {size}; download it again")

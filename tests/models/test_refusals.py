@@ -54,6 +54,13 @@ def test_truncated_and_damaged_files(tmp_path):
     assert f"need {len(whole)} bytes, the file has {len(whole) - 100}" in refused(source)
     path.write_bytes(whole[:50])
     assert "truncated" in refused(source)
+    length = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:length])
+    first, second = sorted(name for name in header if name.endswith("norm.weight"))[:2]
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[length:])
+    assert f"{first} and {second} share bytes" in refused(source)
     for content in (b"", b"abc", b"\xff" * 64, (20).to_bytes(8, "little") + b"{" * 20):
         path.write_bytes(content)
         assert str(path) in refused(source)
@@ -77,6 +84,10 @@ def test_architectures_that_are_not_supported(tmp_path):
     assert "longrope" in message
     lacking = {k: v for k, v in found.config.items() if k != "num_hidden_layers"}
     assert "num_hidden_layers is missing" in refused(ref.write(tmp_path / "f", lacking, found.tensors))
+    nameless = {k: v for k, v in found.config.items() if k != "model_type"}
+    message = refused(ref.write(tmp_path / "f", nameless, found.tensors))
+    assert "model_type is missing" in message
+    assert "nearest" not in message
     (tmp_path / "f" / "config.json").write_text("{")
     assert "JSON" in refused(tmp_path / "f")
     assert "no such directory" in refused(tmp_path / "nowhere")
@@ -137,9 +148,16 @@ def test_pickles_are_refused_with_the_way_to_convert(tmp_path):
     message = refused(source)
     assert "pytorch_model.bin" in message
     assert "save_pretrained" in message
+    assert "import AutoModelForCausalLM, AutoTokenizer" in message
+    for kind in ("SequenceClassification", "TokenClassification"):  # whose head AutoModelForCausalLM would drop
+        config = ref.reference("llama").config | {"architectures": [f"LlamaFor{kind}"]}
+        (source / "config.json").write_text(json.dumps(config))
+        assert f"import AutoModelFor{kind}, AutoTokenizer" in refused(source, head="score")
     (source / "pytorch_model.bin").unlink()
     assert "neither model.safetensors nor" in refused(source)
     (source / "adapter_model.safetensors").write_bytes(b"")
+    assert "LoRA adapter" in refused(source)
+    (source / "config.json").unlink()
     assert "LoRA adapter" in refused(source)
 
 
@@ -150,7 +168,23 @@ def test_an_index_names_files_of_its_own_directory_only(name, tmp_path):
     source = ref.checkpoint(tmp_path, "llama")
     index = {"weight_map": dict.fromkeys(ref.reference("llama").tensors, name)}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "model.safetensors").unlink()
     assert "same directory" in refused(source)
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    """transformers reads the one file, and whoever trusts the index reads the other files."""
+    source = ref.checkpoint(tmp_path, "llama")
+
+    def name_in_index(name):
+        index = {"weight_map": dict.fromkeys(ref.reference("llama").tensors, name)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    shutil.copy(source / "model.safetensors", source / "model-00001-of-00001.safetensors")
+    name_in_index("model-00001-of-00001.safetensors")
+    assert "remove either that file, or the index" in refused(source)
+    name_in_index("model.safetensors")
+    load_checkpoint(source)
 
 
 def test_links_out_of_the_directory_are_refused_but_not_those_of_the_hub_cache(tmp_path):

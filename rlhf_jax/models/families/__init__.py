@@ -70,7 +70,10 @@ def spec_of(config: dict[str, Any], *, real_vocab: int | None = None) -> Spec:
     Raises:
         UserError: the architecture is not supported, a key is missing, or the tokenizer has more tokens than the embedding.
     """
-    model_type = str(config.get("model_type"))
+    model_type = config.get("model_type")
+    if not model_type:
+        known = ", ".join(FAMILIES)
+        raise UserError(f"config.json: model_type is missing, which names the architecture; add it. Supported: {known}")
     try:
         made = family_of(model_type).spec(config)
     except KeyError as error:
